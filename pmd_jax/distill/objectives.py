@@ -1,0 +1,128 @@
+"""What is minimised: a batch and two sets of weights -> one loss in nats, and its statistics.
+
+The loss of PMD is the divergence between student and self-teacher on the student's own tokens
+(method: reverse KL, the teacher under stop-gradient). Normalisation is global: the weights of all
+tokens of the step are known before the batch is cut, so the result does not depend on
+micro-batches or devices.
+
+Axes: N groups, G rollouts, T response tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pmd_jax.distill.batch import DistillBatch
+from pmd_jax.distill.divergence import DivergenceConfig, PerToken, weighted_divergence
+from pmd_jax.policy.families import ModelConfig
+from pmd_jax.policy.model import Params, Remat, dual_hidden, head_of
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How the teacher is distilled.
+
+    teacher: "current" shares the student's weights, "ema" keeps its own average, moved by
+    ema_rate towards the student once per step. normalisation: "token_mean" divides by all tokens
+    that count; "sequence_mean" averages each rollout first and divides by all rollouts, those
+    without guidance too (what SDPO effectively does). micro_batch: groups computed at once, 0 for
+    all. chunk_tokens: tokens whose logits exist at once. bucket_tokens: prompt lengths are rounded
+    up to multiples of it. remat: what the backward pass recomputes.
+    """
+
+    divergence: DivergenceConfig = dataclasses.field(default_factory=DivergenceConfig)
+    teacher: Literal["current", "ema"] = "current"
+    ema_rate: float = 0.05
+    normalisation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    micro_batch: int = 0
+    chunk_tokens: int = 512
+    bucket_tokens: int = 64
+    remat: Remat = "context"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_rate <= 1:
+            raise ValueError(f"ema_rate: must be between 0 and 1; got {self.ema_rate}")
+        if self.micro_batch < 0:
+            raise ValueError(f"micro_batch: must be at least 0 (0: all); got {self.micro_batch}")
+        for name in ("chunk_tokens", "bucket_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1; got {getattr(self, name)}")
+
+
+def response_mask(batch: DistillBatch) -> Float[Array, "N G T"]:
+    """1 for every response token, its end-of-turn token included."""
+    return (jnp.arange(batch.response.shape[-1]) < batch.response_length[..., None]) * 1.0
+
+
+def loss_weights(batch: DistillBatch, config: DistillConfig) -> Float[Array, "N G T"]:
+    """The weight of each token's divergence; a rollout without guidance has none.
+
+    token_mean: 1 / (tokens that count). sequence_mean: 1 / (tokens of the rollout * all rollouts).
+    """
+    mask = response_mask(batch)
+    counted = mask * batch.has_guidance[..., None]
+    if config.normalisation == "token_mean":
+        return counted / jnp.maximum(counted.sum(), 1)
+    rollouts = jnp.maximum((batch.response_length > 0).sum(), 1)
+    return counted / jnp.maximum(mask.sum(-1, keepdims=True), 1) / rollouts
+
+
+def chunk_length(batch: DistillBatch, chunk_tokens: int) -> int:
+    """Time steps per chunk: a power of two that divides T (a multiple of 16 or more)."""
+    rows, t = batch.response.shape[0] * batch.response.shape[1], batch.response.shape[2]
+    wanted = max(chunk_tokens // rows, 1)
+    chunk = 1 << (wanted.bit_length() - 1)
+    while t % chunk:
+        chunk //= 2
+    return min(chunk, t)
+
+
+def distill_loss(
+    params: Params,
+    teacher: Params | None,
+    batch: DistillBatch,
+    weights: Float[Array, "N G T"],
+    config: DistillConfig,
+    model: ModelConfig,
+    dtype: jnp.dtype,
+    shards: int,
+) -> tuple[Float[Array, ""], PerToken]:
+    """Sum of weight * divergence(student, teacher), and PerToken of shape [N, G, T].
+
+    teacher None distils from the current weights. Differentiable in `params` only.
+    """
+    student_hidden, teacher_hidden = dual_hidden(
+        params,
+        teacher,
+        batch.student_prompt,
+        batch.student_length,
+        batch.teacher_prompt,
+        batch.teacher_length,
+        batch.prompt_of,
+        batch.response,
+        model,
+        dtype,
+        config.remat,
+    )
+    rows = batch.response.shape[0] * batch.response.shape[1]
+
+    def flat(x: Array) -> Array:
+        return x.reshape(rows, *x.shape[2:])
+
+    total, known = weighted_divergence(
+        config.divergence,
+        chunk_length(batch, config.chunk_tokens),
+        shards,
+        head_of(params),
+        flat(student_hidden),
+        jax.lax.stop_gradient(head_of(params if teacher is None else teacher)),
+        flat(teacher_hidden),
+        flat(batch.response),
+        flat(weights),
+    )
+    return total, PerToken(*(x.reshape(batch.response.shape) for x in known))

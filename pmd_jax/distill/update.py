@@ -1,0 +1,239 @@
+"""One training step: TrainState in, TrainState out, jitted, sharded, donated.
+
+Micro-batches run in a scan with summed gradients; weights are normalised over the whole step
+before. A loss or gradient that is not finite leaves the state as it was and says so, so that the
+last good weights survive. The EMA teacher moves once per step, in float32: T <- T + rate (S - T).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from pmd_jax.distill.batch import DistillBatch
+from pmd_jax.distill.divergence import PerToken
+from pmd_jax.distill.objectives import DistillConfig, distill_loss, loss_weights, response_mask
+from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy.model import Params, abstract_params, tree_of
+from pmd_jax.policy.sharding import batch_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. The learning rate rises linearly over warmup_steps, then stays.
+
+    weight_decay leaves norms and embeddings alone. max_grad_norm: global norm to clip at.
+    learning_rate 0 freezes the policy.
+    """
+
+    learning_rate: float = 1e-5
+    warmup_steps: int = 10
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0; got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be in [0, 1); got {getattr(self, name)}")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm: must be above 0; got {self.max_grad_norm}")
+
+
+class TrainState(NamedTuple):
+    """step: policy updates so far. params: float32 master weights. teacher: None, or the EMA."""
+
+    step: Int[Array, ""]
+    params: Params
+    teacher: Params | None
+    optimizer: Any
+
+
+class StepReport(NamedTuple):
+    """What a step found. per_token arrays are [N, G, T]; numbers are float32 scalars.
+
+    logprob_gap: mean |log-probability under the trainer - under the sampler| of response tokens.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    finite: Array
+    learning_rate: Float[Array, ""]
+    entropy: Float[Array, ""]
+    logprob_gap: Float[Array, ""]
+    per_token: PerToken
+
+
+def learning_rate(config: OptimizerConfig, step: Any) -> Array:
+    """The rate of the update that follows `step` updates."""
+    warm = (step + 1) / max(config.warmup_steps, 1)
+    return config.learning_rate * jnp.minimum(1.0, warm)
+
+
+def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    decayed = tree_of({w.path: w.stacked and len(w.shape) > 1 for w in weight_table(model)})
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            lambda step: learning_rate(config, step),
+            config.beta1,
+            config.beta2,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def abstract_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool
+) -> TrainState:
+    """Shapes and shardings of the whole state, for creation and for checkpoints."""
+    params = abstract_params(model, mesh, jnp.float32)
+    whole = NamedSharding(mesh, P())
+
+    def replicated(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=replicated,
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(step, params, params if ema else None, moments)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def init_state(
+    params: Params,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    ema: bool,
+) -> TrainState:
+    """A state at step 0 around float32 `params`; the EMA teacher starts as their copy."""
+    shardings = _shardings(abstract_state(model, optimizer, mesh, ema))
+
+    def build(params: Params) -> TrainState:
+        teacher = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(jnp.int32(0), params, teacher, optimizer.init(params))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(build, out_shardings=shardings)(params)
+
+
+def _micro_batches(tree: Any, count: int) -> Any:
+    """[N, ...] -> [count, N / count, ...], each taking every count-th group: rows stay local."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
+
+
+def _whole_batch(tree: Any) -> Any:
+    """The inverse of `_micro_batches`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def loss_and_gradients(
+    params: Params,
+    teacher: Params | None,
+    batch: DistillBatch,
+    config: DistillConfig,
+    model: ModelConfig,
+    dtype: Any,
+    shards: int,
+) -> tuple[Array, PerToken, Params]:
+    """The loss of the whole batch, computed in micro-batches of `config.micro_batch` groups."""
+    weights = loss_weights(batch, config)
+    groups = batch.response.shape[0]
+    count = groups // config.micro_batch if config.micro_batch else 1
+
+    def one(batch: DistillBatch, weights: Array):
+        def loss(params: Params):
+            return distill_loss(params, teacher, batch, weights, config, model, dtype, shards)
+
+        (value, known), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, known, gradients
+
+    if count <= 1:
+        return one(batch, weights)
+
+    def body(carry, xs):
+        value, known, gradients = one(*xs)
+        return jax.tree.map(jnp.add, carry, (value, gradients)), known
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    xs = (_micro_batches(batch, count), _micro_batches(weights, count))
+    (value, gradients), known = lax.scan(body, zero, xs)
+    return value, _whole_batch(known), gradients
+
+
+def make_train_step(
+    model: ModelConfig,
+    optimizer_config: OptimizerConfig,
+    config: DistillConfig,
+    mesh: Mesh,
+    dtype: Any,
+) -> Callable[[TrainState, DistillBatch], tuple[TrainState, StepReport]]:
+    """The jitted step. The state is donated: use the one that comes back."""
+    optimizer = make_optimizer(optimizer_config, model)
+    ema, shards = config.teacher == "ema", batch_shards(mesh)
+
+    def step(state: TrainState, batch: DistillBatch) -> tuple[TrainState, StepReport]:
+        loss, known, gradients = loss_and_gradients(
+            state.params, state.teacher, batch, config, model, dtype, shards
+        )
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        teacher = None
+        if ema:
+            teacher = optax.incremental_update(params, state.teacher, config.ema_rate)
+        new = TrainState(state.step + 1, params, teacher, moments)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        mask = response_mask(batch)
+        tokens = jnp.maximum(mask.sum(), 1)
+        gap = jnp.abs(known.student - batch.sampled_logprobs)
+        return new, StepReport(
+            loss=loss,
+            grad_norm=norm,
+            finite=finite,
+            learning_rate=learning_rate(optimizer_config, state.step),
+            entropy=jnp.sum(known.entropy * mask) / tokens,
+            logprob_gap=jnp.sum(gap * mask) / tokens,
+            per_token=known,
+        )
+
+    shardings = _shardings(abstract_state(model, optimizer, mesh, ema))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+
+    def run(state: TrainState, batch: DistillBatch) -> tuple[TrainState, StepReport]:
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    run.jitted = jitted  # type: ignore[attr-defined]
+    return run
+
+
+def rollout_losses(report: StepReport, batch: DistillBatch) -> Float[Any, "N G"]:
+    """Mean divergence of each rollout's tokens, nats; what its teacher would have it change."""
+    mask = jax.device_get(response_mask(batch))
+    divergence = jax.device_get(report.per_token.divergence)
+    return (divergence * mask).sum(-1) / mask.sum(-1).clip(1)

@@ -1,0 +1,123 @@
+"""Attention, in the three shapes that the policy needs, written once in plain XLA.
+
+causal   training and prefill: rows of right-padded tokens.
+grouped  distillation: the responses of a group read one copy of each prompt of the group.
+decode   sampling: one new token a row; the group's prompt cache is read once for the group.
+
+Axes: B rows, N groups, S prompts of a group, P prompt columns, G rollouts of a group, T response
+tokens, K key-value heads, R query heads for each of them, C ring columns, d head width. Scores and
+softmax are float32. Rows are right-padded, so causality alone keeps padding out of valid tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e30  # finite: a row that sees nothing gets a uniform softmax, never NaN
+
+
+def _split_heads(q: Array, num_kv_heads: int) -> Array:
+    """[..., H, d] -> [..., K, R, d]"""
+    return q.reshape(*q.shape[:-2], num_kv_heads, -1, q.shape[-1])
+
+
+def _scores(equation: str, q: Array, k: Array) -> Array:
+    scale = q.shape[-1] ** -0.5
+    return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * scale
+
+
+def causal(
+    q: Float[Array, "B T H d"], k: Float[Array, "B T K d"], v: Float[Array, "B T K d"]
+) -> Float[Array, "B T H d"]:
+    """Each token sees itself and what stands before it in its row."""
+    mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
+    scores = _scores("btkrd,bskd->bkrts", _split_heads(q, k.shape[2]), k)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED)).astype(v.dtype)
+    return jnp.einsum("bkrts,bskd->btkrd", weights, v).reshape(q.shape)
+
+
+def grouped(
+    q: Float[Array, "N tokens H d"],
+    k: Float[Array, "N tokens K d"],
+    v: Float[Array, "N tokens K d"],
+    prompts: int,
+    rollouts: int,
+    prompt_len: Int[Array, "N S"],
+    prompt_of: Int[Array, "N G"],
+) -> Float[Array, "N tokens H d"]:
+    """Groups of S prompts and G responses laid out as S*P prompt tokens, then G*T response tokens.
+
+    Response g reads the prompt `prompt_of[g]` of its group and its own earlier tokens. Prompts are
+    computed once however many responses share them; gradients flow into them from all.
+    Each argument's tokens axis has length S*P + G*T; `prompts` is S*P and `rollouts` is G.
+    """
+    n, tokens, _, width = q.shape
+    num_prompts, heads = prompt_len.shape[1], k.shape[2]
+    length, response = prompts // num_prompts, (tokens - prompts) // rollouts
+
+    def rows(x: Array) -> tuple[Array, Array]:
+        ahead = x[:, :prompts].reshape(n, num_prompts, length, *x.shape[2:])
+        behind = x[:, prompts:].reshape(n, rollouts, response, *x.shape[2:])
+        return ahead, behind
+
+    (prompt_q, own_q), (prompt_k, own_k), (prompt_v, own_v) = rows(q), rows(k), rows(v)
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (prompt_q, prompt_k, prompt_v)]
+    ahead = causal(*flat).reshape(n, prompts, -1, width)
+
+    own_q = _split_heads(own_q, heads)
+    if num_prompts == 1:  # every response of the group reads the same prompt
+        read, shared = "npkd", (prompt_k[:, 0], prompt_v[:, 0])
+    else:
+        index = prompt_of[:, :, None, None, None]
+        gathered = [jnp.take_along_axis(x, index, axis=1) for x in (prompt_k, prompt_v)]
+        read, shared = "ngpkd", (gathered[0], gathered[1])
+    seen = jnp.take_along_axis(prompt_len, prompt_of, axis=1)  # [N, G]
+    prompt_mask = jnp.arange(length) < seen[..., None]
+    own_mask = jnp.tril(jnp.ones((response, response), bool))
+    scores = jnp.concatenate(
+        [
+            jnp.where(
+                prompt_mask[:, :, None, None, None],
+                _scores(f"ngtkrd,{read}->ngkrtp", own_q, shared[0]),
+                MASKED,
+            ),
+            jnp.where(own_mask, _scores("ngtkrd,ngskd->ngkrts", own_q, own_k), MASKED),
+        ],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    behind = jnp.einsum(f"ngkrtp,{read}->ngtkrd", weights[..., :length], shared[1])
+    behind += jnp.einsum("ngkrts,ngskd->ngtkrd", weights[..., length:], own_v)
+    return jnp.concatenate([ahead, behind.reshape(n, tokens - prompts, -1, width)], axis=1)
+
+
+def decode(
+    q: Float[Array, "N G H d"],
+    prompt: tuple[Float[Array, "N K P d"], Float[Array, "N K P d"]],
+    ring: tuple[Float[Array, "N G K C d"], Float[Array, "N G K C d"]],
+    prompt_len: Int[Array, " N"],
+    ring_mask: Bool[Array, "N G C"],
+) -> Float[Array, "N G H d"]:
+    """One new token a row. All queries of a group meet the prompt's keys in one product.
+
+    Both parts are joined by one float32 maximum and one sum (never differentiated).
+    """
+    (prompt_k, prompt_v), (ring_k, ring_v) = prompt, ring
+    n, g, _, width = q.shape
+    heads, columns = prompt_k.shape[1], ring_k.shape[3]
+    own_q = _split_heads(q, heads)
+    wide = own_q.transpose(0, 2, 1, 3, 4).reshape(n, heads, -1, width)  # [N, K, G*R, d]
+    prompt_mask = jnp.arange(prompt_k.shape[2]) < prompt_len[:, None]
+    a = jnp.where(prompt_mask[:, None, None], _scores("nkmd,nkpd->nkmp", wide, prompt_k), MASKED)
+    b = _scores("ngkrd,ngkcd->nkgrc", own_q, ring_k)
+    b = jnp.where(ring_mask[:, None, :, None], b, MASKED).reshape(n, heads, -1, columns)
+    top = jnp.maximum(a.max(-1), b.max(-1))[..., None]
+    a, b = jnp.exp(a - top), jnp.exp(b - top)
+    total = a.sum(-1, keepdims=True) + b.sum(-1, keepdims=True)
+    b = b.astype(ring_v.dtype).reshape(n, heads, g, -1, columns)
+    own = jnp.einsum("nkgrc,ngkcd->nkgrd", b, ring_v).reshape(n, heads, -1, width)
+    out = jnp.einsum("nkmp,nkpd->nkmd", a.astype(prompt_v.dtype), prompt_v) + own
+    out = (out / total).reshape(n, heads, g, -1, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,317 @@
+"""The policy: a Flax module that owns the weights, and pure functions that run them.
+
+`Decoder` owns names, shapes, initialisation and sharding of the parameters. What computes is a
+pure function over the same tree as a plain dict, so that jitted code never pays for module
+handling and the files' names map to ours one to one (families.weight_table).
+
+block            one layer; the attention is lent by the caller
+causal_hidden    tokens -> hidden states, scanned over layers (logits, tests, padded rows)
+prefill          prompts -> last hidden state and the key-value cache of every layer
+dual_hidden      student and teacher in one scan over layers, prompts shared by their group
+decode_hidden    one new token a row, unrolled over layers
+
+Axes: B rows, T tokens, D width, V vocabulary, L layers, H query heads, K key-value heads, d head
+width; N groups, S prompts of a group, P prompt columns, G rollouts of a group, C ring columns.
+Weights may be float32 and are cast layer by layer to the dtype of the hidden states; norms, rotary
+angles and logits are float32. Left out: dropout, biases, mixture of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from pmd_jax.policy import attention
+from pmd_jax.policy.families import ModelConfig, Weight, weight_table
+from pmd_jax.policy.sharding import constrain, named, spec
+
+Params = dict[str, Any]
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Remat = Literal["full", "context", "none"]
+
+
+class Decoder(nnx.Module):
+    """The parameters of a policy, randomly initialised under the mesh that is set.
+
+    Attributes carry the names of `weight_table`; those of layers are stacked, [L, ...], in
+    `self.layers`. Call it with tokens [B, T] for float32 logits [B, T, V].
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config = config
+        self.layers = nnx.Dict({})
+        for weight in weight_table(config):
+            shape, axes = stacked_shape(weight, config), stacked_axes(weight)
+            if len(weight.shape) == 1:
+                value = jnp.ones(shape, dtype)
+            else:
+                value = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
+            param = nnx.Param(value, out_sharding=tuple(spec(*axes)))
+            if weight.stacked:
+                self.layers[weight.path[1]] = param
+            else:
+                setattr(self, weight.path[0], param)
+
+    @property
+    def params(self) -> Params:
+        """The weights as the plain tree that every function below takes."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        params = self.params
+        hidden = causal_hidden(params, tokens, self.config, jax.tree.leaves(params)[0].dtype)
+        return logits(head_of(params), hidden)
+
+
+def stacked_shape(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
+    return (config.num_layers, *weight.shape) if weight.stacked else weight.shape
+
+
+def stacked_axes(weight: Weight) -> tuple[str | None, ...]:
+    return (None, *weight.axes) if weight.stacked else weight.axes
+
+
+def tree_of(leaves: Mapping[tuple[str, ...], Any]) -> Params:
+    """{("layers", "q"): x, ("embed",): y} -> {"layers": {"q": x}, "embed": y}"""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
+    """Shapes, dtype and shardings of the parameters, without their values."""
+    return tree_of(
+        {
+            weight.path: jax.ShapeDtypeStruct(
+                stacked_shape(weight, config), dtype, sharding=named(mesh, *stacked_axes(weight))
+            )
+            for weight in weight_table(config)
+        }
+    )
+
+
+def init_params(
+    config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any = jnp.float32
+) -> Params:
+    """Random parameters, created in their shards."""
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda key: Decoder(config, nnx.Rngs(key), dtype).params)(key)
+
+
+def head_of(params: Params) -> Float[Array, "V D"]:
+    """The output matrix: the embedding itself where the model ties them."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def logits(head: Float[Array, "V D"], hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Float32 logits from products in the dtype of the hidden states."""
+    head = head.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary(positions: Int[Array, "... T"], config: ModelConfig) -> tuple[Array, Array]:
+    """Float32 cosine and sine of each position's angles, [..., T, 1, d/2] each."""
+    half = jnp.arange(config.head_dim // 2, dtype=jnp.float32)
+    frequency = config.rope_theta ** (-2.0 * half / config.head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+    """Half-split rotary positions, as Hugging Face stores q and k for."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def block(
+    layer: Params, h: Array, cos_sin: tuple[Array, Array], attend: Attend, config: ModelConfig
+) -> tuple[Array, Any]:
+    """One layer on h [..., T, D]. attend(q, k, v) -> (context like q, anything to hand on)."""
+    layer = jax.tree.map(lambda w: w.astype(h.dtype), layer)
+
+    def heads(x: Array, name: str) -> Array:
+        projected = x @ layer[name]
+        return projected.reshape(*projected.shape[:-1], -1, config.head_dim)
+
+    x = rms_norm(h, layer["attn_norm"], config.norm_eps)
+    q, k, v = (heads(x, name) for name in "qkv")
+    context, handed = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
+    context = jax.ad_checkpoint.checkpoint_name(context, "context")
+    h = h + context.reshape(*h.shape[:-1], -1) @ layer["o"]
+    x = rms_norm(h, layer["mlp_norm"], config.norm_eps)
+    return h + (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"], handed
+
+
+def embed(params: Params, tokens: Array, dtype: Any) -> Array:
+    return params["embed"].astype(dtype)[tokens]
+
+
+def final_norm(params: Params, h: Array, config: ModelConfig) -> Array:
+    return rms_norm(h, params["final_norm"], config.norm_eps)
+
+
+def causal_hidden(
+    params: Params, tokens: Int[Array, "B T"], config: ModelConfig, dtype: Any
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm; right padding does not reach what stands before it."""
+    cos_sin = rotary(jnp.arange(tokens.shape[1]), config)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        return attention.causal(q, k, v), None
+
+    def body(h: Array, layer: Params) -> tuple[Array, None]:
+        return block(layer, h, cos_sin, attend, config)
+
+    h = constrain(embed(params, tokens, dtype), "batch", None, None)
+    h, _ = lax.scan(body, h, params["layers"])
+    return final_norm(params, h, config)
+
+
+def prefill(
+    params: Params,
+    tokens: Int[Array, "N P"],
+    lengths: Int[Array, " N"],
+    config: ModelConfig,
+    dtype: Any,
+) -> tuple[Float[Array, "N D"], tuple[Float[Array, "L N K P d"], Float[Array, "L N K P d"]]]:
+    """The last valid hidden state of each right-padded prompt, and the cache of all layers."""
+    cos_sin = rotary(jnp.arange(tokens.shape[1]), config)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        return attention.causal(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def body(h: Array, layer: Params) -> tuple[Array, Any]:
+        return block(layer, h, cos_sin, attend, config)
+
+    h, cache = lax.scan(body, embed(params, tokens, dtype), params["layers"])
+    last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return final_norm(params, last, config), cache
+
+
+def decode_hidden(
+    params: Params,
+    layers: list[Params],
+    tokens: Int[Array, "N G"],
+    positions: Int[Array, "N G"],
+    attends: list[Attend],
+    config: ModelConfig,
+    dtype: Any,
+) -> tuple[Float[Array, "N G D"], list[Any]]:
+    """One new token a row through unrolled layers; returns what each layer's attend handed on."""
+    cos_sin = rotary(positions, config)
+    h, handed = embed(params, tokens, dtype), []
+    for layer, attend in zip(layers, attends, strict=True):
+        h, new = block(layer, h, cos_sin, attend, config)
+        handed.append(new)
+    return final_norm(params, h, config), handed
+
+
+def _grouped_inputs(
+    params: Params, prompts: Array, lengths: Array, prompt_of: Array, response: Array, dtype: Any
+) -> tuple[Array, Array]:
+    """Embedded tokens [N, S*P + G*T, D] and their positions, prompts first."""
+    n, length = prompts.shape[0], prompts.shape[-1]
+    start = jnp.take_along_axis(lengths, prompt_of, axis=1)[..., None]  # [N, G, 1]
+    ahead = jnp.broadcast_to(jnp.arange(length), prompts.shape).reshape(n, -1)
+    behind = (start + jnp.arange(response.shape[-1])).reshape(n, -1)
+    tokens = jnp.concatenate([prompts.reshape(n, -1), response.reshape(n, -1)], axis=1)
+    hidden = constrain(embed(params, tokens, dtype), "batch", None, None)
+    return hidden, jnp.concatenate([ahead, behind], axis=1)
+
+
+def _before_each_response_token(
+    h: Array, prompts: Array, lengths: Array, prompt_of: Array, response: Array
+) -> Float[Array, "N G T D"]:
+    """The hidden state that predicts each response token: one token earlier in its own row."""
+    n, _, length = prompts.shape
+    ahead, behind = jnp.split(h, [prompts.shape[1] * length], axis=1)
+    last = prompt_of * length + jnp.take_along_axis(lengths, prompt_of, axis=1) - 1
+    first = jnp.take_along_axis(ahead, last[..., None], axis=1)  # [N, G, D]
+    rest = behind.reshape(n, *response.shape[1:], -1)[:, :, :-1]
+    return jnp.concatenate([first[:, :, None], rest], axis=2)
+
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "context": jax.checkpoint_policies.save_only_these_names("context"),
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+def dual_hidden(
+    student: Params,
+    teacher: Params | None,
+    student_prompt: Int[Array, "N 1 P"],
+    student_length: Int[Array, "N 1"],
+    teacher_prompt: Int[Array, "N S Q"],
+    teacher_length: Int[Array, "N S"],
+    prompt_of: Int[Array, "N G"],
+    response: Int[Array, "N G T"],
+    config: ModelConfig,
+    dtype: Any,
+    remat: Remat = "context",
+) -> tuple[Float[Array, "N G T D"], Float[Array, "N G T D"]]:
+    """Hidden states of student and teacher that predict the same response tokens.
+
+    One scan over layers carries both; the teacher is under `stop_gradient`, so the matrix work is
+    exactly student forward + backward + teacher forward. Each distinct prompt is run once and read
+    by all rollouts of its group. teacher None is the student itself: then each layer's weights are
+    gathered once for both. prompt_of says which teacher prompt each rollout reads.
+    """
+    frozen = lax.stop_gradient(student if teacher is None else teacher)
+    views = (
+        (student, student_prompt, student_length, jnp.zeros_like(prompt_of)),
+        (frozen, teacher_prompt, teacher_length, prompt_of),
+    )
+    sides = []
+    for params, prompts, lengths, index in views:
+        h, positions = _grouped_inputs(params, prompts, lengths, index, response, dtype)
+
+        def attend(q, k, v, prompts=prompts, lengths=lengths, index=index):
+            num_prompt_tokens = prompts.shape[1] * prompts.shape[2]
+            out = attention.grouped(q, k, v, num_prompt_tokens, response.shape[1], lengths, index)
+            return out, None
+
+        sides.append((h, rotary(positions, config), attend))
+    (h_student, turn_student, attend_student), (h_teacher, turn_teacher, attend_teacher) = sides
+
+    def student_block(layer: Params, h: Array) -> Array:
+        return block(layer, h, turn_student, attend_student, config)[0]
+
+    student_block = jax.checkpoint(student_block, policy=REMAT_POLICIES[remat])
+
+    def body(carry: tuple[Array, Array], layers: Any) -> tuple[tuple[Array, Array], None]:
+        h_student, h_teacher = carry
+        layer, teacher_layer = layers if isinstance(layers, tuple) else (layers, layers)
+        teacher_layer = lax.stop_gradient(teacher_layer)
+        h_teacher = block(teacher_layer, h_teacher, turn_teacher, attend_teacher, config)[0]
+        return (student_block(layer, h_student), lax.stop_gradient(h_teacher)), None
+
+    layers = student["layers"] if teacher is None else (student["layers"], frozen["layers"])
+    final, _ = lax.scan(body, (h_student, h_teacher), layers)
+    predicting = [
+        final_norm(
+            params, _before_each_response_token(h, prompts, lengths, index, response), config
+        )
+        for h, (params, prompts, lengths, index) in zip(final, views, strict=True)
+    ]
+    return predicting[0], lax.stop_gradient(predicting[1])

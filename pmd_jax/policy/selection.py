@@ -1,0 +1,83 @@
+"""From logits to a token: temperature, top-k, top-p and Gumbel-max, with a key for each row.
+
+A row's key is fold_in(fold_in(fold_in(seed, request), sample), count), so a draw depends on the
+request and on how many tokens it has, never on the batch around it. Truncation finds a threshold
+by bisection instead of sorting the vocabulary. temperature 0 is greedy.
+
+Axes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from pmd_jax.policy.attention import MASKED
+
+BISECTIONS = 32  # halves the range of logits to below the spacing of float32
+
+
+def _threshold(values: Array, enough: Array) -> Array:
+    """The largest cut t [B, 1] for which enough(values >= t) still holds, by bisection."""
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        fits = enough(values >= middle)
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    top = values.max(-1, keepdims=True)
+    low = values.min(-1, keepdims=True, where=values > MASKED / 2, initial=jnp.inf)
+    low, _ = lax.fori_loop(0, BISECTIONS, halve, (jnp.minimum(low, top), top))
+    return low
+
+
+def truncate(
+    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Keeps the top_k largest logits (0: all), then the smallest set of them with mass >= top_p.
+
+    The order is that of Hugging Face: top-p counts the mass that top-k left. Exact ties at the
+    boundary are all kept.
+    """
+    size = logits.shape[-1]
+    k = jnp.where(top_k <= 0, size, jnp.minimum(top_k, size))
+    cut = _threshold(logits, lambda kept: kept.sum(-1, keepdims=True) >= k)
+    logits = jnp.where(logits >= cut, logits, MASKED)
+    probs = jax.nn.softmax(logits)
+
+    def heavy(kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
+        return jnp.sum(probs, axis=-1, keepdims=True, where=kept) >= top_p
+
+    return jnp.where(logits >= _threshold(logits, heavy), logits, MASKED)
+
+
+def select(
+    logits: Float[Array, "B V"],
+    keys: UInt32[Array, "B 2"],
+    counts: Int[Array, " B"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    truncated: bool,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """One token a row and its log-probability in nats.
+
+    The log-probability is that of the policy itself (temperature 1, nothing cut off), which is
+    what distillation and importance ratios compare with. `truncated` is static: without it the
+    top-k and top-p arguments are not read.
+    """
+
+    def noise(key: Array, count: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    if truncated:
+        scaled = truncate(scaled, top_k, top_p)
+    drawn = jnp.argmax(scaled + jax.vmap(noise)(keys, counts), axis=-1)
+    token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    return token, logp

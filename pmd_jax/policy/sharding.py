@@ -1,0 +1,102 @@
+"""The device mesh, and one table from logical axes to mesh axes.
+
+Axes of the mesh: `data` replicates the model, `fsdp` cuts parameters and batch, `tensor` cuts
+heads, the MLP and the vocabulary. The code names logical axes only ("embed", "heads", "batch");
+to move something to another mesh axis, edit AXES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pmd_jax.policy.families import ModelConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+AXES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all by default). Raises ValueError when the sizes do not fit."""
+    devices = list(jax.devices()) if devices is None else devices
+    config = config or MeshConfig()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise ValueError(f"mesh: sizes must be positive, one of them may be -1; got {sizes}")
+    rest = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh: data x fsdp x tensor must equal the number of devices, {len(devices)}; "
+            f"got {' x '.join(map(str, sizes))}"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def single_device_mesh() -> Mesh:
+    return make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+def spec(*logical: str | None) -> P:
+    """Logical axes -> PartitionSpec, e.g. spec("batch", None, "embed")."""
+    return P(*(AXES[axis] if axis else None for axis in logical))
+
+
+def named(mesh: Mesh, *logical: str | None) -> NamedSharding:
+    return NamedSharding(mesh, spec(*logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins the layout of an intermediate array; does nothing where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_divides(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError, with the sizes that would work, when the model cannot be cut evenly."""
+    cuts = {
+        "tensor": {
+            "attention heads": config.num_heads,
+            "key-value heads": config.num_kv_heads,
+            "MLP width": config.mlp_width,
+            "vocabulary": config.vocab_size,
+        },
+        "fsdp": {"model width": config.width},
+    }
+    for axis, sizes in cuts.items():
+        ways = mesh.shape[axis]
+        common = math.gcd(*sizes.values())
+        if common % ways:
+            what = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % ways)
+            fits = [n for n in range(1, common + 1) if common % n == 0][:12]
+            raise ValueError(
+                f"mesh.{axis}: must divide the model's {what}; got {ways}; "
+                f"sizes that work: {', '.join(map(str, fits))}"
+            )
