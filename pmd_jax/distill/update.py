@@ -199,7 +199,7 @@ def make_train_step(
         loss, known, gradients = loss_and_gradients(
             state.params, state.teacher, batch, config, model, dtype, shards
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -155,7 +156,7 @@ def block(
     x = rms_norm(h, layer["attn_norm"], config.norm_eps)
     q, k, v = (heads(x, name) for name in "qkv")
     context, handed = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
-    context = jax.ad_checkpoint.checkpoint_name(context, "context")
+    context = checkpoint_name(context, "context")
     h = h + context.reshape(*h.shape[:-1], -1) @ layer["o"]
     x = rms_norm(h, layer["mlp_norm"], config.norm_eps)
     return h + (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"], handed

@@ -9,6 +9,9 @@ Axes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,10 +22,10 @@ from pmd_jax.policy.attention import MASKED
 BISECTIONS = 32  # halves the range of logits to below the spacing of float32
 
 
-def _threshold(values: Array, enough: Array) -> Array:
+def _threshold(values: Array, enough: Callable[[Array], Array]) -> Array:
     """The largest cut t [B, 1] for which enough(values >= t) still holds, by bisection."""
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
         fits = enough(values >= middle)

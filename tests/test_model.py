@@ -1,0 +1,87 @@
+"""The policy's forward passes agree with each other, on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from toys import CONFIG, F32, eight_devices, full_logprobs, toy_params, params_on, toy_groups
+
+from pmd_jax.distill.batch import DistillBatch, build_batch
+from pmd_jax.policy import model
+from pmd_jax.policy.sharding import MeshConfig, check_divides, make_mesh, single_device_mesh
+
+
+def test_the_module_and_the_functions_are_the_same_model():
+    with jax.set_mesh(single_device_mesh()):
+        decoder = model.Decoder(CONFIG, nnx.Rngs(jax.random.key(1)))
+        tokens = jnp.arange(12).reshape(2, 6)
+        hidden = model.causal_hidden(decoder.params, tokens, CONFIG, F32)
+        expected = model.logits(model.head_of(decoder.params), hidden)
+        np.testing.assert_array_equal(decoder(tokens), expected)
+
+
+def test_parameters_are_created_in_their_shards():
+    mesh = eight_devices()
+    params = model.init_params(CONFIG, jax.random.key(0), mesh)
+    wanted = model.abstract_params(CONFIG, mesh, F32)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == b.shape and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert params["layers"]["q"].addressable_shards[0].data.shape == (3, 16, 16)
+
+
+def test_right_padding_and_later_tokens_change_nothing():
+    params, tokens = toy_params(), np.arange(1, 11)
+    padded = np.pad(tokens, (0, 6))
+    np.testing.assert_allclose(
+        full_logprobs(params, padded)[:10], full_logprobs(params, tokens), atol=1e-5
+    )
+
+
+def test_eight_devices_give_the_logits_of_one():
+    mesh = eight_devices()
+    tokens = jnp.arange(64).reshape(8, 8)
+    one = model.causal_hidden(toy_params(), tokens, CONFIG, F32)
+    with jax.set_mesh(mesh):
+        eight = jax.jit(model.causal_hidden, static_argnums=(2, 3))(
+            params_on(mesh), tokens, CONFIG, F32
+        )
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("own_teacher", [False, True])
+def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher):
+    """Prompts shared by a group, packed and padded: the same numbers as row by row."""
+    student = toy_params(0)
+    teacher = toy_params(1) if own_teacher else None
+    groups = toy_groups(num_groups=3)
+    batch = DistillBatch(*map(jnp.asarray, build_batch(groups)))
+    hidden = jax.jit(model.dual_hidden, static_argnums=(8, 9))(
+        student,
+        teacher,
+        batch.student_prompt,
+        batch.student_length,
+        batch.teacher_prompt,
+        batch.teacher_length,
+        batch.prompt_of,
+        batch.response,
+        CONFIG,
+        F32,
+    )
+    views = [(student, hidden[0]), (student if teacher is None else teacher, hidden[1])]
+    for n, group in enumerate(groups):
+        for g, rollout in enumerate(group.rollouts):
+            prompts = [group.student_prompt, group.teacher_prompts[g]]
+            for prompt, (params, packed) in zip(prompts, views, strict=True):
+                row = [*prompt, *rollout.tokens]
+                expected = full_logprobs(params, row)[len(prompt) - 1 : len(row) - 1]
+                head = model.head_of(params)
+                got = jax.nn.log_softmax(model.logits(head, packed[n, g, : len(rollout.tokens)]))
+                np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_do():
+    with pytest.raises(ValueError, match=r"mesh.tensor: .*key-value heads 2.*got 4.*work: 1, 2"):
+        check_divides(CONFIG, make_mesh(MeshConfig(fsdp=2, tensor=4)))
+    with pytest.raises(ValueError, match="number of devices, 8; got 3 x 1 x 1"):
+        make_mesh(MeshConfig(data=3, fsdp=1))

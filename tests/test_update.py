@@ -1,0 +1,225 @@
+"""The training step: what it must not change, and what no split of the work may change."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import CONFIG, F32, eight_devices, toy_params, params_on, toy_batch, toy_groups
+
+from pmd_jax.distill.batch import DistillBatch, build_batch, padding_fraction, place
+from pmd_jax.distill.divergence import DivergenceConfig
+from pmd_jax.distill.objectives import DistillConfig, distill_loss, loss_weights
+from pmd_jax.distill.update import (
+    OptimizerConfig,
+    init_state,
+    learning_rate,
+    loss_and_gradients,
+    make_optimizer,
+    make_train_step,
+    rollout_losses,
+)
+from pmd_jax.policy.sharding import single_device_mesh
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gradients(params, batch, config):
+    return loss_and_gradients(params, None, batch, config, CONFIG, F32, 1)
+
+
+def gradients(batch, config=None):
+    return _gradients(toy_params(), DistillBatch(*map(jnp.asarray, batch)), config or DistillConfig())
+
+
+def trained(config=None, mesh=None, batch=None, steps=1, optimizer=OPTIMIZER):
+    """The state after some steps on the same batch, the reports, and the step function."""
+    mesh, config = mesh or single_device_mesh(), config or DistillConfig()
+    ema = config.teacher == "ema"
+    state = init_state(params_on(mesh), CONFIG, make_optimizer(optimizer, CONFIG), mesh, ema)
+    step = make_train_step(CONFIG, optimizer, config, mesh, F32)
+    placed, reports = place(batch if batch is not None else toy_batch(), mesh), []
+    for _ in range(steps):
+        state, report = step(state, placed)
+        reports.append(report)
+    return state, reports, step
+
+
+def assert_close(a, b, tolerance=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=tolerance), a, b)
+
+
+def test_the_same_prompt_and_weights_give_no_loss_and_no_gradient():
+    loss, known, grads = gradients(toy_batch(same_prompts=True))
+    assert abs(float(loss)) < 1e-6
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-5
+    assert float(jnp.abs(known.divergence).max()) < 1e-5
+
+
+def test_another_prompt_gives_a_loss_and_a_gradient():
+    loss, _, grads = gradients(toy_batch())
+    assert float(loss) > 0.05
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 0
+
+
+def test_no_gradient_reaches_the_teacher():
+    batch = DistillBatch(*map(jnp.asarray, toy_batch()))
+    weights = loss_weights(batch, DistillConfig())
+
+    def loss(teacher):
+        config = DistillConfig()
+        return distill_loss(toy_params(0), teacher, batch, weights, config, CONFIG, F32, 1)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(toy_params(1))
+    assert value > 0.05
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_a_rollout_without_guidance_has_no_weight_and_no_effect():
+    batch = toy_batch()
+    changed = batch.response.copy()
+    changed[:, -1] = (changed[:, -1] + 7) % CONFIG.vocab_size  # the unguided rollouts
+    loss, _, grads = gradients(batch)
+    other_loss, _, other_grads = gradients(batch._replace(response=changed))
+    np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
+    assert_close(grads, other_grads, 1e-7)
+
+
+def test_weights_by_hand():
+    """Two rollouts of 3 and 1 tokens and one of 2 without guidance."""
+    batch = toy_batch()._replace(
+        response=np.zeros((1, 3, 4), np.int32),
+        response_length=np.array([[3, 1, 2]]),
+        has_guidance=np.array([[True, True, False]]),
+    )
+    token = loss_weights(batch, DistillConfig())[0]
+    np.testing.assert_allclose(token, [[0.25] * 3 + [0], [0.25, 0, 0, 0], [0] * 4])
+    sequence = loss_weights(batch, DistillConfig(normalisation="sequence_mean"))[0]
+    np.testing.assert_allclose(sequence, [[1 / 9] * 3 + [0], [1 / 3, 0, 0, 0], [0] * 4])
+
+
+@pytest.mark.parametrize("normalisation", ["token_mean", "sequence_mean"])
+def test_one_micro_batch_equals_four(normalisation):
+    config = DistillConfig(normalisation=normalisation)
+    whole = gradients(toy_batch(), config)
+    cut = gradients(toy_batch(), dataclasses.replace(config, micro_batch=1))
+    assert_close(cut, whole, 1e-6)
+
+
+def test_empty_groups_change_nothing():
+    plain, padded = gradients(toy_batch()), gradients(toy_batch(multiple_of=8))
+    np.testing.assert_allclose(plain[0], padded[0], rtol=1e-5)
+    assert_close(plain[2], padded[2], 1e-6)
+
+
+@pytest.mark.parametrize("teacher", ["current", "ema"])
+def test_one_step_on_eight_devices_equals_one_on_one(teacher):
+    config = DistillConfig(teacher=teacher, micro_batch=4, chunk_tokens=32)
+    batch = toy_batch(num_groups=8)
+    one, (report,), _ = trained(config, batch=batch)
+    eight, (other,), _ = trained(config, eight_devices(), batch)
+    np.testing.assert_allclose(other.loss, report.loss, rtol=1e-5)
+    np.testing.assert_allclose(other.grad_norm, report.grad_norm, rtol=1e-4)
+    assert_close(jax.device_get(eight.params), jax.device_get(one.params), 1e-4)
+    assert_close(other.per_token, report.per_token)
+
+
+def test_the_loss_falls_when_trained_and_the_batch_is_repeated():
+    optimizer = dataclasses.replace(OPTIMIZER, learning_rate=3e-3)
+    config = DistillConfig(teacher="ema", ema_rate=0.0)
+    _, reports, _ = trained(config, steps=12, optimizer=optimizer)
+    losses = [float(r.loss) for r in reports]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_learning_rate_zero_freezes_the_policy():
+    frozen = dataclasses.replace(OPTIMIZER, learning_rate=0.0)
+    state, _, _ = trained(optimizer=frozen)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), toy_params())
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_the_ema_teacher_moves_by_its_rate(rate):
+    state, _, _ = trained(DistillConfig(teacher="ema", ema_rate=rate))
+    expected = jax.tree.map(lambda t, s: t + rate * (s - t), toy_params(), state.params)
+    assert_close(state.teacher, expected, 1e-6)
+    moved = np.abs(np.asarray(state.teacher["embed"]) - toy_params()["embed"]).max()
+    assert (moved > 0) == (rate > 0)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was():
+    mesh = single_device_mesh()
+    optimizer = make_optimizer(OPTIMIZER, CONFIG)
+    params = params_on(mesh)
+    params["final_norm"] = params["final_norm"].at[0].set(jnp.nan)
+    before = jax.device_get(params)
+    state = init_state(params, CONFIG, optimizer, mesh, False)
+    step = make_train_step(CONFIG, OPTIMIZER, DistillConfig(), mesh, F32)
+    state, report = step(state, place(toy_batch(), mesh))
+    assert not report.finite
+    assert int(state.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+
+
+def test_warm_up_is_linear_then_constant():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
+    rates = [float(learning_rate(config, i)) for i in range(6)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_norms_and_embeddings_do_not_decay():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(config, CONFIG)
+    params = toy_params()
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["layers"]["q"], -0.5 * params["layers"]["q"], rtol=1e-6)
+    for still in (updates["embed"], updates["final_norm"], updates["layers"]["attn_norm"]):
+        assert (np.asarray(still) == 0).all()
+
+
+def test_repeated_shapes_compile_once():
+    _, _, step = trained(steps=3)
+    assert step.jitted._cache_size() == 1
+
+
+def test_rollout_losses_are_means_over_their_tokens():
+    batch = toy_batch()
+    _, (report,), _ = trained(batch=batch)
+    losses = rollout_losses(report, batch)
+    n = batch.response_length[0, 1]
+    np.testing.assert_allclose(losses[0, 1], report.per_token.divergence[0, 1, :n].mean(), rtol=1e-5)
+
+
+def test_the_gap_to_the_sampler_is_measured():
+    batch = toy_batch()
+    _, (report,), _ = trained(batch=batch)
+    exact = batch._replace(sampled_logprobs=np.asarray(report.per_token.student))
+    _, (matched,), _ = trained(batch=exact)
+    assert float(report.logprob_gap) > 0.1
+    assert float(matched.logprob_gap) < 1e-5
+
+
+def test_identical_teacher_prompts_are_stored_once():
+    batch = build_batch(toy_groups(num_groups=2))
+    assert batch.teacher_prompt.shape[1] == 2
+    assert batch.prompt_of.tolist() == [[0, 1, 0, 1]] * 2
+    assert 0 < padding_fraction(batch) < 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: OptimizerConfig(learning_rate=-1), "learning_rate: must be at least 0; got -1"),
+        (lambda: OptimizerConfig(beta2=1.0), r"beta2: must be in \[0, 1\); got 1.0"),
+        (lambda: DistillConfig(ema_rate=2), "ema_rate: must be between 0 and 1; got 2"),
+        (lambda: DivergenceConfig(top_k=-1), "top_k: must be at least 0"),
+    ],
+)
+def test_impossible_numbers_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,104 @@
+"""A toy policy and toy batches, small enough to check by eye and cut evenly over 8 devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
+from pmd_jax.policy import model
+from pmd_jax.policy.families import ModelConfig
+from pmd_jax.policy.sampler import EngineConfig, Sampler, Weights, unrolled
+from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
+from pmd_jax.records import Rollout
+
+CONFIG = ModelConfig(
+    family="llama",
+    num_layers=3,
+    width=32,
+    mlp_width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=96,
+    max_positions=256,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tied_head=True,
+)
+F32 = jnp.dtype("float32")
+
+
+def eight_devices():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+@functools.cache
+def _weights(seed, config):
+    params = model.init_params(config, jax.random.key(seed), single_device_mesh())
+    wide = jax.tree.map(lambda w: 3 * w if w.ndim > 1 + (w.shape[0] == 3) else w, params)
+    return jax.tree.map(np.asarray, wide)
+
+
+def toy_params(seed=0, config=CONFIG):
+    """Random weights, three times the usual spread so that distributions are far from flat."""
+    return jax.tree.map(jnp.array, _weights(seed, config))
+
+
+def params_on(mesh, seed=0, config=CONFIG):
+    """Fresh buffers on the mesh: a donated tree never takes another test's weights along."""
+    shardings = jax.tree.map(lambda x: x.sharding, model.abstract_params(config, mesh, F32))
+    return jax.device_put(toy_params(seed, config), shardings)
+
+
+def make_sampler(mesh=None, max_rows=64, chunk=16, params=None, config=CONFIG):
+    """A sampler and its weights on a mesh."""
+    mesh = mesh or single_device_mesh()
+    params = params if params is not None else params_on(mesh, config=config)
+    with jax.set_mesh(mesh):
+        weights = Weights(params, unrolled(params["layers"], config.num_layers, F32))
+    return Sampler(config, EngineConfig(max_rows, chunk), mesh, F32), weights
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _padded_logprobs(params, tokens, config):
+    hidden = model.causal_hidden(params, tokens, config, F32)
+    return jax.nn.log_softmax(model.logits(model.head_of(params), hidden))
+
+
+def full_logprobs(params, tokens, config=CONFIG):
+    """[T, V] log-probabilities after each token, from one plain forward pass."""
+    padded = jnp.asarray(np.pad(tokens, (0, -len(tokens) % 128)), jnp.int32)  # few sizes compile
+    return np.asarray(_padded_logprobs(params, padded[None], config))[0, : len(tokens)]
+
+
+def toy_groups(num_groups=4, num_rollouts=4, seed=0, same_prompts=False) -> list[DistillGroup]:
+    """Groups whose rollouts read two different teacher prompts; the last rollout has no guidance.
+
+    same_prompts: every teacher prompt is the student's.
+    """
+    rng = np.random.default_rng(seed)
+
+    def tokens(low, high):
+        return rng.integers(1, CONFIG.vocab_size, rng.integers(low, high)).tolist()
+
+    groups = []
+    for i in range(num_groups):
+        student = tokens(5, 20)
+        teachers = [tokens(8, 30), tokens(8, 30)]
+        responses = [np.asarray(tokens(2, 12), np.int32) for _ in range(num_rollouts)]
+        rollouts = [
+            Rollout(f"toy/{i}", 0, g, "", r, rng.uniform(-4, -1, len(r)).astype(np.float32), "stop")
+            for g, r in enumerate(responses)
+        ]
+        read = [teachers[g % 2] for g in range(num_rollouts)]
+        guided = [g < num_rollouts - 1 for g in range(num_rollouts)]
+        if same_prompts:
+            read = [student] * num_rollouts
+        groups.append(DistillGroup(student, read, guided, rollouts))
+    return groups
+
+
+def toy_batch(multiple_of=1, **kwargs) -> DistillBatch:
+    return build_batch(toy_groups(**kwargs), multiple_of=multiple_of)
