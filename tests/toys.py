@@ -1,16 +1,22 @@
 """A toy policy and toy batches, small enough to check by eye and cut evenly over 8 devices."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 
 from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.policy import model
-from pmd_jax.policy.families import ModelConfig
+from pmd_jax.policy.families import ModelConfig, weight_table
 from pmd_jax.policy.sampler import EngineConfig, Sampler, Weights, unrolled
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
+from pmd_jax.policy.weights import hf_names, leaf_of
 from pmd_jax.records import Rollout
 
 CONFIG = ModelConfig(
@@ -102,3 +108,73 @@ def toy_groups(num_groups=4, num_rollouts=4, seed=0, same_prompts=False) -> list
 
 def toy_batch(multiple_of=1, **kwargs) -> DistillBatch:
     return build_batch(toy_groups(**kwargs), multiple_of=multiple_of)
+
+
+# --- a toy model as a Hugging Face folder ---------------------------------------------------
+
+SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BYTES = 256 + len(SPECIAL)
+TEXT_CONFIG = ModelConfig(
+    family="llama",
+    num_layers=2,
+    width=32,
+    mlp_width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=264,  # divides by 8; the tokenizer defines 259
+    max_positions=4096,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tied_head=True,
+)
+
+
+def hf_tensors(params, config):
+    """Our tree as the tensors of a Hugging Face file."""
+    tensors = {}
+    for weight in weight_table(config):
+        leaf = np.asarray(leaf_of(params, weight))
+        layers = leaf if weight.stacked else leaf[None]
+        for name, value in zip(hf_names(weight, config), layers, strict=True):
+            tensors[name] = np.ascontiguousarray(value.T if weight.transposed else value)
+    return tensors
+
+
+def write_model_folder(folder: Path, config=TEXT_CONFIG, seed=0) -> Path:
+    """A model whose tokens are bytes, with a ChatML template."""
+    folder.mkdir(parents=True)
+    hf_config = {
+        "model_type": "llama",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "eos_token_id": 258,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 258]}))
+    template = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(template))
+    tensors = hf_tensors(toy_params(seed, config), config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *SPECIAL])}
+    tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,1 @@
+"""What is run: one module per experiment, each a command line around the library."""

@@ -1,0 +1,132 @@
+"""Problems become graded rollouts; and the `generate` that memory borrows from the policy.
+
+This corridor is where text and tokens meet: chats are rendered and encoded on the way in,
+responses are decoded on the way out. The prompts of `attempt` are the task's own; memory has no
+way in. Draws are named by (run seed, step, purpose, problem), so they do not depend on which other
+problems share a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+from pmd_jax.policy.policy import Policy
+from pmd_jax.records import Message, Problem, Rollout, Verdict
+from pmd_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How problems are attempted in training.
+
+    rollouts_per_problem: the size of a group. temperature, top_p: of the rollouts; distillation
+    asks for the distribution that was sampled, so top_p below 1 is for evaluation only.
+    """
+
+    problems_per_step: int = 32
+    rollouts_per_problem: int = 8
+    max_new_tokens: int = 8192
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("problems_per_step", "rollouts_per_problem", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1; got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature: must be above 0, or all rollouts of a group are one; "
+                f"got {self.temperature}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One problem of a step with its graded rollouts, in the order of their samples."""
+
+    problem: Problem
+    prompt: Sequence[int]
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def name_seed(*names: object) -> int:
+    """A uint32 that these names determine, the same on every machine."""
+    return zlib.crc32("/".join(map(str, names)).encode())
+
+
+def attempt(
+    policy: Policy,
+    task: Task,
+    problems: Sequence[Problem],
+    num_samples: int,
+    max_new_tokens: int,
+    step: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> dict[str, tuple[Sequence[int], tuple[Rollout, ...]]]:
+    """{problem id: (student prompt tokens, its rollouts)}. The prompt never contains memory."""
+    prompts = [policy.tokenizer.encode_chat(task.student_messages(p)) for p in problems]
+    sampled = policy.generate(
+        prompts,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        request_ids=[name_seed(problem.id) for problem in problems],
+    )
+    return {
+        problem.id: (
+            prompt,
+            tuple(
+                Rollout(
+                    problem_id=problem.id,
+                    step=step,
+                    sample=j,
+                    text=policy.tokenizer.decode(sample.tokens),
+                    tokens=sample.tokens,
+                    logprobs=sample.logprobs,
+                    stop=sample.stop,
+                )
+                for j, sample in enumerate(samples)
+            ),
+        )
+        for problem, prompt, samples in zip(problems, prompts, sampled, strict=True)
+    }
+
+
+def verify(
+    task: Task,
+    problems: Sequence[Problem],
+    attempts: Mapping[str, tuple[Sequence[int], tuple[Rollout, ...]]],
+) -> list[Group]:
+    """Grades every rollout by its text."""
+    groups = []
+    for problem in problems:
+        prompt, rollouts = attempts[problem.id]
+        verdicts = tuple(task.verify(problem, rollout.text) for rollout in rollouts)
+        groups.append(Group(problem, prompt, rollouts, verdicts))
+    return groups
+
+
+def make_generate(
+    policy: Policy, max_new_tokens: int, temperature: float, seed: int
+) -> Callable[[Sequence[Sequence[Message]]], list[str]]:
+    """The policy as a writer of text, for reflection and behaviors: chats -> replies.
+
+    A chat whose last message is the assistant's is continued from there. A chat too long for the
+    model keeps its end, where the request stands.
+    """
+    room = policy.config.max_positions - max_new_tokens
+
+    def generate(chats: Sequence[Sequence[Message]]) -> list[str]:
+        prompts = [policy.tokenizer.encode_chat(chat)[-room:] for chat in chats]
+        replies = policy.generate(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        return [policy.tokenizer.decode(sample.tokens) for [sample] in replies]
+
+    return generate

@@ -1,0 +1,266 @@
+"""A run from start to end: check, load, evaluate, train, save, resume, evaluate, summarise.
+
+Everything that can be wrong with the configuration is found before the model is loaded, and
+everything that can be wrong with model and task before the first rollout. Ctrl-C lets the step in
+progress finish, saves, and says how to go on; a second Ctrl-C stops at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pmd_jax import settings
+from pmd_jax.checkpoint import Checkpointer
+from pmd_jax.config import RunConfig
+from pmd_jax.evaluate import Evaluation, evaluate
+from pmd_jax.ordering import problem_order
+from pmd_jax.policy.policy import Policy, load_policy
+from pmd_jax.policy.sharding import make_mesh
+from pmd_jax.tasks.task import Task, load_task
+from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
+from pmd_jax.trainer import NotFinite, StepResult, Trainer
+
+MAY_CHANGE = ("steps", "evaluation", "checkpoint", "engine", "samples_per_step", "output")
+"""What a resumed run may set anew; all else must be as it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended. interrupted: it was stopped by Ctrl-C and can be resumed."""
+
+    folder: Path
+    steps: int
+    interrupted: bool
+
+
+class Interrupts:
+    """The first Ctrl-C asks to stop after the step in progress; the second stops at once."""
+
+    def __init__(self, note: Callable[[str], None]):
+        self.asked, self._note = False, note
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals belong to the main thread; a notebook's worker has none to catch
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _handle(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._note("stopping after this step; Ctrl-C again stops at once, without saving")
+
+
+def train(config: RunConfig, resume: bool = False) -> Outcome:
+    """Runs `config` to its end, or until Ctrl-C.
+
+    Raises ValueError for what is wrong with configuration, files or checkpoint, NotFinite for a
+    loss that is not a number, RuntimeError when no rollout ever carried loss.
+    """
+    folder = Path(config.output) / config.name
+    writer = RunWriter(folder)
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+    try:
+        _check_folder(folder, config, checkpointer.latest, resume)
+        task = load_task(config.task)
+        problem_order(task.splits["train"], config.rollout.problems_per_step, config.seed)
+        policy = _load(config)
+        trainer = Trainer(config, policy, task, folder)
+        if resume:
+            restored = checkpointer.restore(trainer.abstract_state, trainer.order, config.memory)
+            trainer.adopt(restored)
+            writer.rewind(trainer.step_number)
+        writer.write_config(settings.to_dict(config))
+        return _Loop(config, trainer, task, writer, checkpointer).run()
+    finally:
+        writer.close()
+        checkpointer.close()
+
+
+def _load(config: RunConfig) -> Policy:
+    mesh = make_mesh(config.mesh)
+    return load_policy(
+        config.model.path, config.model.dtype, mesh, param_dtype="float32", engine=config.engine
+    )
+
+
+def _check_folder(folder: Path, config: RunConfig, latest: int | None, resume: bool) -> None:
+    """A run never writes over another, and goes on only as the run that it was."""
+    if not resume:
+        if latest is not None:
+            raise ValueError(
+                f"run folder {folder}: holds a run of {latest} steps; continue it with --resume, "
+                f"give another --name, or delete the folder"
+            )
+        return
+    file = folder / "config.json"
+    if latest is None or not file.is_file():
+        raise ValueError(
+            f"run folder {folder}: has no checkpoint to resume; start it without --resume"
+        )
+    before, now = settings.read_json(file), settings.to_dict(config)
+    changed = sorted(
+        name for name in now if now[name] != before.get(name) and name not in MAY_CHANGE
+    )
+    if changed:
+        raise ValueError(
+            f"config.{changed[0]}: must be as it was when the run {folder} began; resume with the "
+            f"same configuration, or start a new run under another --name"
+        )
+
+
+class _Loop:
+    """The outer loop around `Trainer.step`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        task: Task,
+        writer: RunWriter,
+        checkpointer: Checkpointer,
+    ):
+        self.config, self.trainer, self.task = config, trainer, task
+        self.writer, self.checkpointer = writer, checkpointer
+        self.began = time.monotonic()
+        self.evaluations: list[EvaluationRow] = []
+        self.last: Evaluation | None = None
+
+    def run(self) -> Outcome:
+        config, trainer = self.config, self.trainer
+        with Progress(config.steps, trainer.step_number) as progress:
+            interrupts = Interrupts(progress.note)
+            if trainer.step_number == 0:
+                self.evaluate("before", progress)
+                self.checkpointer.save(0, trainer.checkpoint())
+            with interrupts.caught():
+                while trainer.step_number < config.steps and not interrupts.asked:
+                    self.step(progress)
+            self.checkpointer.save(trainer.step_number, trainer.checkpoint())
+            if interrupts.asked and trainer.step_number < config.steps:
+                progress.note(
+                    f"saved step {trainer.step_number} in {self.checkpointer.folder}; continue "
+                    f"with the same command and --resume"
+                )
+                return Outcome(self.writer.folder, trainer.step_number, True)
+            self.evaluate("after", progress)
+        self.summarise()
+        if not trainer.totals["rollouts_with_loss"]:
+            raise RuntimeError(
+                f"run {self.writer.folder}: no rollout carried loss, so nothing was learned; see "
+                f"metrics.jsonl (accuracy, well_formed) and try config.task.format_shots=2, "
+                f"config.task.verifier=lenient or more rollouts per problem"
+            )
+        return Outcome(self.writer.folder, trainer.step_number, False)
+
+    def step(self, progress: Progress) -> None:
+        trainer, stats = self.trainer, self.trainer.policy.stats
+        step, sampled, began = trainer.step_number, stats.response_tokens, time.monotonic()
+        try:
+            result = trainer.step(progress)
+        except NotFinite as error:
+            progress.note(str(error))
+            raise
+        seconds = time.monotonic() - began
+        sampled = stats.response_tokens - sampled
+        trainer.totals["sampled_tokens"] += sampled
+        trainer.totals["milliseconds"] += round(1000 * seconds)
+        self.log(step, result, sampled / seconds)
+        progress.step_done(step, _report(result.metrics, sampled / seconds))
+        if not result.metrics["loss_fraction"]:
+            progress.note(f"step {step}: no rollout carried loss; its update changed nothing")
+        done = trainer.step_number
+        every = self.config.checkpoint.every
+        if every and done % every == 0:
+            progress.phase("save")
+            self.checkpointer.save(done, trainer.checkpoint())
+        every = self.config.evaluation.every
+        if every and done % every == 0 and done < self.config.steps:
+            self.evaluate(f"step {done}", progress)
+
+    def log(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+        metrics = result.metrics | {
+            "tokens_per_second": tokens_per_second,
+            "peak_memory_gib": peak_memory_gib(),
+            **{f"seconds/{name}": s for name, s in self.trainer.watch.take().items()},
+        }
+        self.writer.log_step(step, metrics)
+        self.writer.log_samples(step, result.samples)
+        self.trainer.bank.save(self.writer.folder / "memory")
+
+    def evaluate(self, name: str, progress: Progress) -> None:
+        progress.phase(f"evaluate {name}")
+        config = self.config
+        scores = evaluate(
+            self.trainer.policy,
+            self.task,
+            config.evaluation,
+            config.rollout.max_new_tokens,
+            config.seed,
+        )
+        self.writer.write_evaluation(name, {"step": self.trainer.step_number, **scores.to_dict()})
+        self.last = scores
+        low, high = scores.interval
+        progress.note(
+            f"evaluation {name}: avg@{scores.num_samples} {100 * scores.average:.1f}% "
+            f"({100 * low:.1f} to {100 * high:.1f}), well-formed {100 * scores.well_formed:.0f}%, "
+            f"on {scores.num_problems} {scores.split} problems, no memory in the prompt"
+        )
+
+    def summarise(self) -> None:
+        assert self.last is not None
+        totals, saved = self.trainer.totals, self.writer.read_evaluations()
+        sizes = self.trainer.bank.sizes()
+        summary_table(
+            [
+                EvaluationRow(
+                    name, s["average"], tuple(s["interval"]), s["majority"], s["well_formed"]
+                )
+                for name, s in saved.items()
+            ],
+            num_samples=self.last.num_samples,
+            chance=self.last.chance,
+            constant_letter=self.last.constant,
+            memory_sizes={name: sizes[name] for name in ("experiences", "insights", "behaviors")},
+            loss_fraction=totals["rollouts_with_loss"] / max(totals["rollouts"], 1),
+            seconds=time.monotonic() - self.began,
+            num_tokens=totals["sampled_tokens"],
+        )
+        print(
+            f"teacher prompts that carried loss and cited an insight: {totals['with_insight']}, "
+            f"a behavior: {totals['with_behavior']}, of {totals['rollouts']} rollouts\n"
+            f"run folder: {self.writer.folder}"
+        )
+
+
+def _report(metrics: dict[str, Any], tokens_per_second: float) -> StepReport:
+    return StepReport(
+        accuracy=metrics["accuracy"],
+        loss_nats=metrics["loss"] if metrics["loss_fraction"] else None,
+        usable_insights=metrics.get("reflect/usable_fraction"),
+        memory_sizes={
+            level: metrics[f"memory/{level}"] for level in ("experiences", "insights", "behaviors")
+        },
+        tokens_per_second=tokens_per_second,
+    )
+
+
+def peak_memory_gib() -> float:
+    """The largest resident size of this process so far."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30

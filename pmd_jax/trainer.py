@@ -1,0 +1,391 @@
+"""The seven steps, once each, in order: attempt, verify, remember, reflect, abstract, teach, distill.
+
+This is the only file where memory meets distillation. Memory is refreshed before the teacher reads
+it in the same step; the student's prompt comes from the task alone. Everything the paper compares
+(SDPO, PMD, PMD-Transient, frozen memory, frozen policy, single levels) is a value of RunConfig and
+no branch here.
+
+`Trainer` holds the state of a run and runs one step; run.py starts, resumes, evaluates and ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from pmd_jax import ordering
+from pmd_jax.checkpoint import Checkpoint
+from pmd_jax.config import RunConfig
+from pmd_jax.distill.batch import (
+    DistillBatch,
+    DistillGroup,
+    build_batch,
+    padding_fraction,
+    place,
+)
+from pmd_jax.distill.objectives import DistillConfig
+from pmd_jax.distill.update import (
+    StepReport,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    rollout_losses,
+)
+from pmd_jax.embedding import make_embed
+from pmd_jax.endpoint import make_endpoint, parse_writer
+from pmd_jax.memory import Generate
+from pmd_jax.memory.bank import Bank
+from pmd_jax.memory.behaviors import abstract, cluster
+from pmd_jax.memory.reflection import ReflectionConfig, reflect
+from pmd_jax.memory.retrieval import Retriever
+from pmd_jax.memory.teacher import build_teacher_prompts, check_budget
+from pmd_jax.policy.policy import Policy, load_policy
+from pmd_jax.policy.sharding import batch_shards
+from pmd_jax.records import Experience, Problem, TeacherPrompt
+from pmd_jax.rollout import Group, attempt, make_generate, name_seed, verify
+from pmd_jax.tasks.task import Task
+from pmd_jax.telemetry import Progress, Stopwatch
+
+MEMORY_SOURCES = frozenset({"insights", "behaviors"})
+
+
+class NotFinite(RuntimeError):
+    """The loss or its gradient was NaN or infinite; the state is that of the step before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the log: numbers by name, and one row per rollout."""
+
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def problems_by_news(groups: Sequence[Group], step: int) -> dict[str, tuple[Problem, Any]]:
+    """{problem id: (problem, its attempts as experiences)}: what reflection reads."""
+    return {
+        group.problem.id: (
+            group.problem,
+            tuple(
+                Experience(rollout.id, rollout.problem_id, step, rollout.text, verdict)
+                for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
+            ),
+        )
+        for group in groups
+    }
+
+
+def make_writer(policy: Policy, config: ReflectionConfig, seed: int) -> Generate:
+    """Who writes behaviors: the current policy, another local model, or a server."""
+    if config.writer.startswith("openai:"):
+        url, model = parse_writer(config.writer)
+        return make_endpoint(
+            url,
+            model,
+            config.writer_timeout_seconds,
+            config.writer_retries,
+            config.behaviors_max_new_tokens,
+        )
+    return make_generate(policy, config.behaviors_max_new_tokens, config.temperature, seed)
+
+
+class Trainer:
+    """A run's state: policy and optimizer, bank, data position. `step` advances all of them."""
+
+    def __init__(self, config: RunConfig, policy: Policy, task: Task, folder: Path):
+        self.config, self.policy, self.task, self.folder = config, policy, task, folder
+        self.problems = task.splits["train"]
+        self.order = ordering.problem_order(
+            self.problems, config.rollout.problems_per_step, config.seed
+        )
+        self.check()
+        self.bank = Bank.open(config.memory)
+        self.retriever = Retriever(make_embed(config.embedding))
+        self.labels = cluster(
+            self.problems, self.retriever.vectors, config.reflection, config.seed
+        )
+        self.writer_policy = policy
+        if config.reflection.writer != "policy" and not config.reflection.writer.startswith(
+            "openai:"
+        ):
+            self.writer_policy = load_policy(config.reflection.writer, config.model.dtype, policy.mesh)
+        optimizer = make_optimizer(config.optimizer, policy.config)
+        ema = config.distill.teacher == "ema"
+        self.abstract_state = abstract_state(policy.config, optimizer, policy.mesh, ema)
+        self.state: TrainState = init_state(
+            policy.params, policy.config, optimizer, policy.mesh, ema
+        )
+        policy.params = self.state.params
+        self._train_step = make_train_step(
+            policy.config, config.optimizer, config.distill, policy.mesh, policy.dtype
+        )
+        self.totals: Counter[str] = Counter()
+        self.watch = Stopwatch()
+
+    def check(self) -> None:
+        """Rules that need the model, the problems or the mesh. Raises ValueError, on one line."""
+        config, shards = self.config, batch_shards(self.policy.mesh)
+        micro = config.distill.micro_batch
+        if micro % shards:
+            raise ValueError(
+                f"config.distill.micro_batch: must be a multiple of the {shards} parts that the "
+                f"mesh cuts a batch into (data x fsdp); got {micro}"
+            )
+        positions = self.policy.config.max_positions
+        longest = config.teacher.max_prompt_tokens + config.rollout.max_new_tokens
+        if longest > positions:
+            raise ValueError(
+                f"config.teacher.max_prompt_tokens: with rollout.max_new_tokens, "
+                f"{config.rollout.max_new_tokens}, must fit the model's {positions} positions; "
+                f"got {config.teacher.max_prompt_tokens}"
+            )
+        check_budget(
+            self.problems, self.task.student_messages, self.policy.tokenizer, config.teacher
+        )
+
+    @property
+    def step_number(self) -> int:
+        """Policy updates so far."""
+        return int(self.state.step)
+
+    def checkpoint(self) -> Checkpoint:
+        run = {"step": self.step_number, "totals": dict(self.totals)}
+        return Checkpoint(self.state, self.bank, self.order, run)
+
+    def adopt(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint."""
+        self.state, self.bank = checkpoint.state, checkpoint.bank
+        self.totals = Counter(checkpoint.run["totals"])
+        self.policy.params = self.state.params
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def step(self, progress: Progress) -> StepResult:
+        """Runs the seven steps once. Raises NotFinite, with the state as it was before."""
+        step, config = self.step_number, self.config
+        problems = [self.problems[int(i)] for i in next(self.order)]
+        self.bank.begin_step(step)
+        groups = self.attempt_and_verify(step, problems, progress)
+        metrics = self.grade(groups)
+        with self.phase("remember", progress):
+            news = problems_by_news(groups, step)
+            self.bank.remember(step, [e for _, attempts in news.values() for e in attempts])
+        if MEMORY_SOURCES & set(config.teacher.sources):
+            metrics |= self.reflect(step, news, progress)
+        if "behaviors" in config.teacher.sources:
+            metrics |= self.abstract(step, progress)
+        with self.phase("teach", progress):
+            prompts = self.teach(step, groups)
+        batch, report = self.distill(step, groups, prompts, progress)
+        losses = rollout_losses(report, batch)[: len(groups)]
+        metrics |= self.account(batch, report, prompts, losses)
+        return StepResult(metrics, self.samples(groups, prompts, losses))
+
+    def phase(self, name: str, progress: Progress) -> Any:
+        progress.phase(name)
+        return self.watch(name)
+
+    def attempt_and_verify(
+        self, step: int, problems: Sequence[Problem], progress: Progress
+    ) -> list[Group]:
+        rollout = self.config.rollout
+        with self.phase("attempt", progress):
+            attempts = attempt(
+                self.policy,
+                self.task,
+                problems,
+                rollout.rollouts_per_problem,
+                rollout.max_new_tokens,
+                step,
+                name_seed(self.config.seed, step, "attempt"),
+                rollout.temperature,
+            )
+        with self.phase("verify", progress):
+            return verify(self.task, problems, attempts)
+
+    def grade(self, groups: Sequence[Group]) -> dict[str, float]:
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        solved = [[v.correct for v in group.verdicts] for group in groups]
+        return {
+            "accuracy": float(np.mean([v.correct for v in verdicts])),
+            "reward": float(np.mean([v.reward for v in verdicts])),
+            "well_formed": float(np.mean([v.well_formed for v in verdicts])),
+            "truncated": float(np.mean([r.stop == "length" for r in rollouts])),
+            "response_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
+            "groups/all_solved": float(np.mean([all(group) for group in solved])),
+            "groups/none_solved": float(np.mean([not any(group) for group in solved])),
+        }
+
+    def reflect(self, step: int, news: Mapping[str, Any], progress: Progress) -> dict[str, float]:
+        """Insights from this step's groups, by the current policy, in one batch."""
+        config = self.config.reflection
+        seed = name_seed(self.config.seed, step, "reflect")
+        with self.phase("reflect", progress):
+            generate = make_generate(self.policy, config.max_new_tokens, config.temperature, seed)
+            reflected = reflect(news, self.bank, generate, self.policy.tokenizer, step, config)
+            for problem_id, insights in reflected.insights.items():
+                self.bank.rewrite_insights(step, problem_id, insights)
+        return {f"reflect/{name}": n for name, n in reflected.counts.metrics().items()}
+
+    def abstract(self, step: int, progress: Progress) -> dict[str, float]:
+        """Behaviors from the cluster with the most news, when due."""
+        config = self.config.reflection
+        seed = name_seed(self.config.seed, step, "abstract")
+        with self.phase("abstract", progress):
+            generate = make_writer(self.writer_policy, config, seed)
+            found = abstract(self.problems, self.labels, self.bank, generate, step, config)
+            self.bank.apply_operations(step, found.operations, self.retriever.vectors)
+            self.bank.mark_abstracted(step, found.problem_ids)
+        return {f"abstract/{name}": n for name, n in found.counts.metrics().items()}
+
+    def teach(self, step: int, groups: Sequence[Group]) -> list[list[TeacherPrompt]]:
+        """One teacher prompt per rollout, from this step's context and the refreshed memory."""
+        config = self.config.teacher
+        problems = [group.problem for group in groups]
+        wanted = config.top_k if "behaviors" in config.sources else 0
+        retrieved = self.retriever.behaviors_for(problems, self.bank, wanted)
+        prompts = [
+            build_teacher_prompts(
+                list(zip(group.rollouts, group.verdicts, strict=True)),
+                group.problem,
+                self.bank,
+                behaviors,
+                self.task.student_messages(group.problem),
+                self.policy.tokenizer,
+                config,
+                name_seed(self.config.seed, step, "teach", group.problem.id),
+            )
+            for group, behaviors in zip(groups, retrieved, strict=True)
+        ]
+        self.bank.cite(step, [name for group in prompts for p in group for name in p.cited])
+        return prompts
+
+    def distill(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        prompts: Sequence[Sequence[TeacherPrompt]],
+        progress: Progress,
+    ) -> tuple[DistillBatch, StepReport]:
+        """The fused student/teacher forward on the same tokens, and the update."""
+        config, mesh = self.config.distill, self.policy.mesh
+        with self.phase("distill", progress):
+            encode = self.policy.tokenizer.encode_chat
+            batch = build_batch(
+                [
+                    DistillGroup(
+                        group.prompt,
+                        [encode(prompt.messages) for prompt in teacher],
+                        [prompt.has_guidance for prompt in teacher],
+                        group.rollouts,
+                    )
+                    for group, teacher in zip(groups, prompts, strict=True)
+                ],
+                multiple_of=math.lcm(config.micro_batch or 1, batch_shards(mesh)),
+                bucket_tokens=config.bucket_tokens,
+            )
+            self.policy.release()
+            self.state, report = self._train_step(self.state, place(batch, mesh))
+            self.policy.params = self.state.params
+            report = jax.device_get(report)
+        if not report.finite:
+            raise NotFinite(self._explain(step, batch, report))
+        return batch, report
+
+    def _explain(self, step: int, batch: DistillBatch, report: StepReport) -> str:
+        file = self.folder / f"not_finite_step_{step}.npz"
+        np.savez_compressed(file, **batch._asdict())
+        return (
+            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; "
+            f"the update was not applied. The batch is in {file}; lower "
+            f"config.optimizer.learning_rate and resume from the last checkpoint with --resume"
+        )
+
+    # --- what is logged -------------------------------------------------------------------------
+
+    def account(
+        self,
+        batch: DistillBatch,
+        report: StepReport,
+        prompts: Sequence[Sequence[TeacherPrompt]],
+        losses: np.ndarray,
+    ) -> dict[str, Any]:
+        teachers = [prompt for group in prompts for prompt in group]
+        guided = [prompt for prompt in teachers if prompt.has_guidance]
+        insights = {i.id for p in self.problems for i in self.bank.insights(p.id)}
+        behaviors = {b.id for b in self.bank.behaviors}
+        cited = [set(prompt.cited) for prompt in guided]
+        self.totals.update(
+            rollouts=len(teachers),
+            rollouts_with_loss=len(guided),
+            with_insight=sum(bool(names & insights) for names in cited),
+            with_behavior=sum(bool(names & behaviors) for names in cited),
+            trained_tokens=int(batch.response_length.sum()),
+        )
+        size = max(len(teachers), 1)
+        return {
+            "loss": float(report.loss),
+            "grad_norm": float(report.grad_norm),
+            "learning_rate": float(report.learning_rate),
+            "entropy": float(report.entropy),
+            "logprob_gap": float(report.logprob_gap),
+            "loss_fraction": len(guided) / size,
+            "teacher/with_insight": sum(bool(names & insights) for names in cited) / size,
+            "teacher/with_behavior": sum(bool(names & behaviors) for names in cited) / size,
+            "teacher/prompt_tokens": float(batch.teacher_length[batch.prompt_of.any(-1)].mean())
+            if batch.prompt_of.any()
+            else float(batch.teacher_length[:, 0].mean()),
+            "teacher/cut_tokens": sum(sum(p.cut_tokens.values()) for p in teachers) / size,
+            "padding_fraction": padding_fraction(batch),
+            **{f"memory/{level}": count for level, count in self.bank.sizes().items()},
+        }
+
+    def samples(
+        self,
+        groups: Sequence[Group],
+        prompts: Sequence[Sequence[TeacherPrompt]],
+        losses: np.ndarray,
+    ) -> list[dict[str, Any]]:
+        """One row per rollout, up to `samples_per_step` of them."""
+        rows = []
+        render = self.policy.tokenizer.render_chat
+        for i, (group, teachers) in enumerate(zip(groups, prompts, strict=True)):
+            student_prompt = render(self.task.student_messages(group.problem))
+            for j, (rollout, verdict) in enumerate(
+                zip(group.rollouts, group.verdicts, strict=True)
+            ):
+                teacher = teachers[j]
+                rows.append(
+                    {
+                        "rollout": rollout.id,
+                        "problem": group.problem.id,
+                        "subject": group.problem.subject,
+                        "subtask": group.problem.subtask,
+                        "answer": group.problem.check.answer,
+                        "student_prompt": student_prompt,
+                        "response": rollout.text,
+                        "stop": rollout.stop,
+                        "correct": verdict.correct,
+                        "reward": verdict.reward,
+                        "well_formed": verdict.well_formed,
+                        "feedback": verdict.feedback,
+                        "has_guidance": teacher.has_guidance,
+                        "teacher_prompt": render(teacher.messages),
+                        "cited": list(teacher.cited),
+                        "section_tokens": dict(teacher.section_tokens),
+                        "cut_tokens": dict(teacher.cut_tokens),
+                        "loss_nats": float(losses[i, j]) if teacher.has_guidance else None,
+                    }
+                )
+        return rows[: self.config.samples_per_step]

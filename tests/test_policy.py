@@ -1,0 +1,162 @@
+"""The policy object, and weights in and out of a Hugging Face folder."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from toys import TEXT_CONFIG, eight_devices, full_logprobs, hf_tensors, toy_params, write_model_folder
+
+from pmd_jax import load_policy
+from pmd_jax.policy.families import read_config
+from pmd_jax.policy.weights import load_params
+
+CHAT = [{"role": "user", "content": "What is a mole?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="module")
+def policy(folder):
+    return load_policy(folder, dtype="float32")
+
+
+def test_the_config_is_read_from_the_folder(folder):
+    assert read_config(folder) == TEXT_CONFIG
+
+
+def test_loaded_weights_are_those_of_the_file_on_any_mesh(folder):
+    for mesh in (None, eight_devices()):
+        loaded = load_policy(folder, dtype="float32", mesh=mesh)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, toy_params(0, TEXT_CONFIG))
+
+
+def test_each_device_reads_only_its_own_part(folder):
+    params = load_policy(folder, dtype="float32", mesh=eight_devices()).params
+    up = params["layers"]["up"]
+    assert {shard.data.nbytes for shard in up.addressable_shards} == {up.nbytes // 4}
+
+
+def test_there_and_back_is_bit_equal(folder, policy, tmp_path):
+    policy.save_hf(tmp_path / "saved", dtype="float32")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "saved"))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    again = load_policy(tmp_path / "saved", dtype="float32")
+    assert again.tokenizer.encode_chat(CHAT) == policy.tokenizer.encode_chat(CHAT)
+
+
+def test_bfloat16_is_written_and_named_in_the_config(policy, tmp_path):
+    policy.save_hf(tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_file(tmp_path / "half" / "model.safetensors")["model.norm.weight"].dtype.itemsize == 2
+    with pytest.raises(ValueError, match="must be empty or new"):
+        policy.save_hf(tmp_path / "half")
+
+
+def test_logits_and_generation_agree(policy):
+    prompt = policy.tokenizer.encode_chat(CHAT)
+    [[sample]] = policy.generate([prompt], max_new_tokens=8, temperature=0, stop_tokens=[])
+    row = [*prompt, *sample.tokens]
+    logits = np.asarray(policy.logits(np.asarray([row])))[0]
+    assert logits.dtype == np.float32 and logits.shape == (len(row), TEXT_CONFIG.vocab_size)
+    assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == sample.tokens.tolist()
+    expected = full_logprobs(policy.params, row, TEXT_CONFIG)
+    got = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_generate_returns_prompts_by_samples(policy):
+    prompts = [policy.tokenizer.encode_chat(CHAT), [1, 2, 3]]
+    limits = [[1, 2, 3], [4, 5, 6]]
+    out = policy.generate(prompts, num_samples=3, max_new_tokens=limits, stop_tokens=[])
+    assert [[len(s.tokens) for s in samples] for samples in out] == limits
+    assert all(s.logprobs.shape == s.tokens.shape and s.stop == "length" for r in out for s in r)
+
+
+def test_the_models_own_stop_tokens_are_the_default(policy):
+    """Of 64 samples of 40 tokens of a near-random model, some meet one of two stop tokens."""
+    [samples] = policy.generate([[1, 2]], num_samples=64, max_new_tokens=40)
+    ends = {int(s.tokens[-1]) for s in samples if s.stop == "stop"}
+    assert ends and ends <= {256, 258}
+
+
+def test_new_weights_are_used_at_once(folder):
+    policy = load_policy(folder, dtype="float32")
+    ask = dict(max_new_tokens=12, temperature=0.0, stop_tokens=[])
+    [[before]] = policy.generate([[1, 2, 3]], **ask)
+    policy.params = toy_params(5, TEXT_CONFIG)
+    [[after]] = policy.generate([[1, 2, 3]], **ask)
+    assert before.tokens.tolist() != after.tokens.tolist()
+
+
+def broken(folder, change):
+    """A copy of the toy's tensors after `change`, saved in place."""
+    tensors = hf_tensors(toy_params(0, TEXT_CONFIG), TEXT_CONFIG)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"lacks 1 tensors: \['model.norm.weight'\]"),
+        (lambda t: t.update(extra=np.ones(2)), r"holds 1 tensors .*\['extra'\]"),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(31, np.float32)}),
+            r"model.norm.weight must have shape \(32,\) by config.json; got \(31,\)",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, change, message):
+    folder = write_model_folder(tmp_path / "toy")
+    broken(folder, change)
+    with pytest.raises(ValueError, match=message):
+        load_policy(folder, dtype="float32")
+
+
+def test_a_head_of_its_own_is_read_and_written(tmp_path):
+    import dataclasses
+
+    untied = dataclasses.replace(TEXT_CONFIG, tied_head=False)
+    folder = write_model_folder(tmp_path / "untied", untied)
+    policy = load_policy(folder, dtype="float32")
+    assert policy.params["head"].shape == (264, 32)
+    policy.save_hf(tmp_path / "saved", dtype="float32")
+    assert "lm_head.weight" in load_file(tmp_path / "saved" / "model.safetensors")
+
+
+def test_weights_cut_over_several_files_are_found(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr("pmd_jax.policy.weights.SHARD_BYTES", 20_000)
+    policy.save_hf(tmp_path / "cut", dtype="float32")
+    assert len(list((tmp_path / "cut").glob("model-*-of-*.safetensors"))) > 2
+    params = load_params(tmp_path / "cut", policy.config, policy.mesh, np.dtype("float32"))
+    jax.tree.map(np.testing.assert_array_equal, params, policy.params)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "mamba"}', "model_type must be one of llama; got 'mamba'"),
+        ('{"model_type": "llama"}', "lacks 'num_attention_heads'"),
+        ('{"model_type": "llama", "mlp_bias": true}', "uses mlp_bias"),
+        (
+            '{"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}',
+            "uses rope type 'yarn'",
+        ),
+    ],
+)
+def test_a_config_we_cannot_compute_is_refused_by_name(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_dtype_that_is_none_is_refused(folder):
+    with pytest.raises(ValueError, match="dtype: must be one of bfloat16, float32; got 'int8'"):
+        load_policy(folder, dtype="int8")
