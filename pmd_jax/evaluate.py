@@ -17,7 +17,7 @@ from pmd_jax.metrics import avg_at_k, best_at_k, bootstrap_interval, majority_at
 from pmd_jax.policy.policy import Policy
 from pmd_jax.records import Split
 from pmd_jax.rollout import attempt, name_seed, verify
-from pmd_jax.tasks.task import Task
+from pmd_jax.tasks.task import Task, baselines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def evaluate(
     subtasks: dict[str, list[float]] = defaultdict(list)
     for problem, score in zip(problems, average, strict=True):
         subtasks[problem.subtask].append(float(score))
-    baselines = task.baselines(problems)
+    scores = baselines(problems)
     return Evaluation(
         split=config.split,
         num_problems=len(problems),
@@ -111,9 +111,9 @@ def evaluate(
         best=float(best_at_k(correct).mean()),
         headroom=float(best_at_k(correct).mean() - majority.mean()),
         well_formed=float(np.mean([v.well_formed for g in groups for v in g.verdicts])),
-        chance=float(baselines["chance"]),
-        constant=float(baselines["constant"]),
-        constant_letter=str(baselines["constant_letter"]),
+        chance=float(scores["chance"]),
+        constant=float(scores["constant"]),
+        constant_letter=str(scores["constant_letter"]),
         by_subtask={name: float(np.mean(scores)) for name, scores in sorted(subtasks.items())},
         per_problem={p.id: float(s) for p, s in zip(problems, average, strict=True)},
         response_tokens=sum(len(r.tokens) for group in groups for r in group.rollouts),

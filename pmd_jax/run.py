@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import resource
 import signal
 import sys
@@ -113,7 +114,7 @@ def _check_folder(folder: Path, config: RunConfig, latest: int | None, resume: b
         raise ValueError(
             f"run folder {folder}: has no checkpoint to resume; start it without --resume"
         )
-    before, now = settings.read_json(file), settings.to_dict(config)
+    before, now = json.loads(file.read_text()), settings.to_dict(config)
     changed = sorted(
         name for name in now if now[name] != before.get(name) and name not in MAY_CHANGE
     )
@@ -224,7 +225,8 @@ class _Loop:
 
     def summarise(self) -> None:
         assert self.last is not None
-        totals, saved = self.trainer.totals, self.writer.read_evaluations()
+        totals = self.trainer.totals
+        saved = json.loads((self.writer.folder / "evaluation.json").read_text())
         sizes = self.trainer.bank.sizes()
         summary_table(
             [

@@ -1,4 +1,4 @@
-"""The seven steps, once each, in order: attempt, verify, remember, reflect, abstract, teach, distill.
+"""The seven steps in order: attempt, verify, remember, reflect, abstract, teach, distill.
 
 This is the only file where memory meets distillation. Memory is refreshed before the teacher reads
 it in the same step; the student's prompt comes from the task alone. Everything the paper compares
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -31,7 +30,6 @@ from pmd_jax.distill.batch import (
     padding_fraction,
     place,
 )
-from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import (
     StepReport,
     TrainState,
@@ -111,14 +109,14 @@ class Trainer:
         self.check()
         self.bank = Bank.open(config.memory)
         self.retriever = Retriever(make_embed(config.embedding))
-        self.labels = cluster(
-            self.problems, self.retriever.vectors, config.reflection, config.seed
-        )
+        self.labels = cluster(self.problems, self.retriever.vectors, config.reflection, config.seed)
         self.writer_policy = policy
         if config.reflection.writer != "policy" and not config.reflection.writer.startswith(
             "openai:"
         ):
-            self.writer_policy = load_policy(config.reflection.writer, config.model.dtype, policy.mesh)
+            self.writer_policy = load_policy(
+                config.reflection.writer, config.model.dtype, policy.mesh
+            )
         optimizer = make_optimizer(config.optimizer, policy.config)
         ema = config.distill.teacher == "ema"
         self.abstract_state = abstract_state(policy.config, optimizer, policy.mesh, ema)

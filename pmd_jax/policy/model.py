@@ -47,7 +47,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config = config
-        self.layers = nnx.Dict({})
+        self.layers: Any = nnx.Dict({})
         for weight in weight_table(config):
             shape, axes = stacked_shape(weight, config), stacked_axes(weight)
             if len(weight.shape) == 1:

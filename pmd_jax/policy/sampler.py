@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from pmd_jax.policy import attention, cache, model
 from pmd_jax.policy.families import ModelConfig
-from pmd_jax.policy.selection import select
+from pmd_jax.policy.selection import Cuts, select
 from pmd_jax.policy.sharding import batch_shards
 
 MAX_PREFILL = 8  # prompts prefilled at once
@@ -61,8 +61,8 @@ class SamplingConfig:
             raise ValueError(f"top_k: must be at least 0 (0 keeps all); got {self.top_k}")
 
     @property
-    def truncated(self) -> bool:
-        return self.top_p < 1 or self.top_k > 0
+    def cuts(self) -> Cuts:
+        return Cuts(self.top_k > 0, self.top_p < 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,13 @@ def unrolled(layers: model.Params, num_layers: int, dtype: Any) -> list[model.Pa
 
 
 def bucket(length: int, step: int) -> int:
-    """The next of step, 2 step, 3 step, 4 step, then powers of two, so that few sizes compile."""
-    steps = -(-max(length, 1) // step)
-    return step * (steps if steps <= 4 else 1 << (steps - 1).bit_length())
+    """`length` rounded up to a multiple of `step`, and of a quarter of its power of two.
+
+    So few sizes compile, four for each doubling, and at most a fifth of a large size is padding.
+    """
+    length = max(length, 1)
+    unit = max(step, 1 << max(length.bit_length() - 3, 0))
+    return -(-length // unit) * unit
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
@@ -118,7 +122,7 @@ def _insert(params, state, slots, tokens, lengths, config: ModelConfig, dtype):
     return cache.insert_prompts(state, slots, hidden, kv, lengths)
 
 
-def _draw(params, hidden, rows, sampling, truncated):
+def _draw(params, hidden, rows, sampling, cuts):
     """Samples the next token of every row from hidden [N, G, D]."""
     logits = model.logits(model.head_of(params), hidden)
     keys, counts = rows["key"].reshape(-1, 2), rows["count"].reshape(-1)
@@ -129,7 +133,7 @@ def _draw(params, hidden, rows, sampling, truncated):
         sampling["temperature"],
         sampling["top_k"],
         sampling["top_p"],
-        truncated,
+        cuts,
     )
     return token.reshape(rows["count"].shape), logp.reshape(rows["count"].shape)
 
@@ -148,8 +152,8 @@ def _append(rows, token, logp, live, stop_tokens):
     }
 
 
-@partial(jax.jit, static_argnames="truncated", donate_argnames="state")
-def _start(params, state, start, keys, limits, sampling, stop_tokens, truncated):
+@partial(jax.jit, static_argnames="cuts", donate_argnames="state")
+def _start(params, state, start, keys, limits, sampling, stop_tokens, cuts):
     """Starts a request in each row of `start` [N, G]: its first token comes from the prompt."""
     rows = state["rows"]
     rows = rows | {
@@ -160,16 +164,14 @@ def _start(params, state, start, keys, limits, sampling, stop_tokens, truncated)
     hidden = jnp.broadcast_to(
         state["first_hidden"][:, None], (*start.shape, state["first_hidden"].shape[-1])
     )
-    token, logp = _draw(params, hidden, rows, sampling, truncated)
+    token, logp = _draw(params, hidden, rows, sampling, cuts)
     begun = _append(rows, token, logp, start, stop_tokens)
     begun["done"] = jnp.where(start, begun["done"], rows["done"])
     return state | {"rows": begun}
 
 
-@partial(
-    jax.jit, static_argnames=("config", "dtype", "chunk", "truncated"), donate_argnames="state"
-)
-def _decode(params, layers, state, sampling, stop_tokens, config, dtype, chunk, truncated):
+@partial(jax.jit, static_argnames=("config", "dtype", "chunk", "cuts"), donate_argnames="state")
+def _decode(params, layers, state, sampling, stop_tokens, config, dtype, chunk, cuts):
     """Runs up to `chunk` steps, fewer when every row is done."""
 
     def step(carry):
@@ -189,7 +191,7 @@ def _decode(params, layers, state, sampling, stop_tokens, config, dtype, chunk, 
         hidden, ring = model.decode_hidden(
             params, layers, rows["newest"], positions, attends, config, dtype
         )
-        token, logp = _draw(params, hidden, rows, sampling, truncated)
+        token, logp = _draw(params, hidden, rows, sampling, cuts)
         rows = _append(rows, token, logp, ~rows["done"], stop_tokens)
         return i + 1, state | {"ring": ring, "rows": rows, "clock": clock + 1}
 
@@ -297,7 +299,7 @@ class _Run:
             "top_k": jnp.int32(sampling.top_k),
             "top_p": jnp.float32(sampling.top_p),
         }
-        self.truncated = sampling.truncated
+        self.cuts = sampling.cuts
         stops = [*stop_tokens] + [-1] * (NUM_STOP_TOKENS - len(stop_tokens))
         self.stop_tokens = jnp.asarray(stops, jnp.int32)
         self.stop_set = frozenset(stop_tokens)
@@ -319,7 +321,7 @@ class _Run:
                 config=config,
                 dtype=dtype,
                 chunk=engine.chunk,
-                truncated=self.truncated,
+                cuts=self.cuts,
             )
             self.harvest()
 
@@ -372,7 +374,7 @@ class _Run:
             limits,
             self.sampling,
             self.stop_tokens,
-            truncated=self.truncated,
+            cuts=self.cuts,
         )
 
     def harvest(self) -> None:

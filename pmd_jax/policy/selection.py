@@ -10,7 +10,7 @@ Axes: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +37,27 @@ def _threshold(values: Array, enough: Callable[[Array], Array]) -> Array:
     return low
 
 
+class Cuts(NamedTuple):
+    """Which truncations are on; static, so that what is off costs nothing."""
+
+    top_k: bool = False
+    top_p: bool = False
+
+
 def truncate(
-    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""], cuts: Cuts
 ) -> Float[Array, "B V"]:
-    """Keeps the top_k largest logits (0: all), then the smallest set of them with mass >= top_p.
+    """Keeps the top_k largest logits, then the smallest set of them with mass >= top_p.
 
     The order is that of Hugging Face: top-p counts the mass that top-k left. Exact ties at the
     boundary are all kept.
     """
-    size = logits.shape[-1]
-    k = jnp.where(top_k <= 0, size, jnp.minimum(top_k, size))
-    cut = _threshold(logits, lambda kept: kept.sum(-1, keepdims=True) >= k)
-    logits = jnp.where(logits >= cut, logits, MASKED)
+    if cuts.top_k:
+        k = jnp.minimum(top_k, logits.shape[-1])
+        cut = _threshold(logits, lambda kept: kept.sum(-1, keepdims=True) >= k)
+        logits = jnp.where(logits >= cut, logits, MASKED)
+    if not cuts.top_p:
+        return logits
     probs = jax.nn.softmax(logits)
 
     def heavy(kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
@@ -64,13 +73,12 @@ def select(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
-    truncated: bool,
+    cuts: Cuts,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """One token a row and its log-probability in nats.
 
     The log-probability is that of the policy itself (temperature 1, nothing cut off), which is
-    what distillation and importance ratios compare with. `truncated` is static: without it the
-    top-k and top-p arguments are not read.
+    what distillation and importance ratios compare with.
     """
 
     def noise(key: Array, count: Array) -> Array:
@@ -78,8 +86,7 @@ def select(
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     scaled = logits / jnp.maximum(temperature, 1e-6)
-    if truncated:
-        scaled = truncate(scaled, top_k, top_p)
+    scaled = truncate(scaled, top_k, top_p, cuts)
     drawn = jnp.argmax(scaled + jax.vmap(noise)(keys, counts), axis=-1)
     token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]

@@ -100,7 +100,8 @@ def load_params(
                     f"got {tuple(tensor.get_shape())}"
                 )
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # asked only for arrays without an index
             layers, inner = (index[0], index[1:]) if weight.stacked else (slice(0, 1), index)
             inner = inner[::-1] if weight.transposed else inner
             chosen = [slices[i][inner] for i in range(*layers.indices(len(slices)))]
