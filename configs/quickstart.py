@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
             min_problems_per_cluster=1,
         ),
         teacher=TeacherConfig(
+            layout="system",
             top_k=1,
             max_prompt_tokens=1024,
             sibling_tokens=64,

@@ -72,7 +72,12 @@ def small(config: RunConfig) -> RunConfig:
             min_problems_per_cluster=1,
         ),
         teacher=change(
-            config.teacher, max_prompt_tokens=4096, insight_tokens=128, behavior_tokens=96, top_k=1
+            config.teacher,
+            layout="system",
+            max_prompt_tokens=4096,
+            insight_tokens=128,
+            behavior_tokens=96,
+            top_k=1,
         ),
         distill=change(config.distill, teacher="current", micro_batch=1, bucket_tokens=256),
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=0),

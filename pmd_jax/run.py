@@ -85,7 +85,7 @@ def train(config: RunConfig, resume: bool = False) -> Outcome:
         if resume:
             restored = checkpointer.restore(trainer.abstract_state, trainer.order, config.memory)
             trainer.adopt(restored)
-            writer.rewind(trainer.step_number)
+        writer.rewind(trainer.step_number)
         writer.write_config(settings.to_dict(config))
         return _Loop(config, trainer, task, writer, checkpointer).run()
     finally:
@@ -148,7 +148,6 @@ class _Loop:
             interrupts = Interrupts(progress.note)
             if trainer.step_number == 0:
                 self.evaluate("before", progress)
-                self.checkpointer.save(0, trainer.checkpoint())
             with interrupts.caught():
                 while trainer.step_number < config.steps and not interrupts.asked:
                     self.step(progress)

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,8 +53,6 @@ class RunWriter:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
             self._metrics = _open_lines(self.folder / "metrics.jsonl")
             self._samples = _open_lines(self.folder / "samples.jsonl")
         except OSError as error:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import eight_devices, full_logprobs, toy_params, make_sampler, params_on
+from toys import eight_devices, full_logprobs, make_sampler, params_on, toy_params
 
 from pmd_jax.policy.sampler import SamplingConfig, bucket
 from pmd_jax.policy.selection import truncate
@@ -94,7 +94,8 @@ def test_another_seed_another_sample_other_tokens(reference):
 
 
 def kept(logits, top_k=0, top_p=1.0):
-    cut = truncate(jnp.asarray([logits]), jnp.int32(top_k), jnp.float32(top_p))
+    cuts = SamplingConfig(top_k=top_k, top_p=top_p).cuts
+    cut = truncate(jnp.asarray([logits]), jnp.int32(top_k), jnp.float32(top_p), cuts)
     return np.flatnonzero(np.asarray(cut)[0] > -1e29).tolist()
 
 
@@ -139,4 +140,6 @@ def test_bad_requests_are_refused_before_any_work(prompts, limits, message):
 
 
 def test_buckets_are_few_and_large_enough():
-    assert [bucket(n, 64) for n in (1, 64, 65, 200, 257, 600)] == [64, 64, 128, 256, 512, 1024]
+    assert [bucket(n, 64) for n in (1, 64, 65, 286, 600)] == [64, 64, 128, 320, 640]
+    assert len({bucket(n, 16) for n in range(1, 8193)}) < 40
+    assert all(n <= bucket(n, 16) <= max(16 * -(-n // 16), 1.25 * n) for n in range(1, 8193))

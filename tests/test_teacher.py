@@ -266,3 +266,18 @@ def test_a_problem_too_long_is_named_before_training():
 def test_impossible_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         TeacherConfig(**values)
+
+
+def test_layout_system_leaves_every_turn_after_the_system_turn_as_the_student_reads_it():
+    pairs = group([True, False])
+    config = dataclasses.replace(SDPO, layout="system")
+    _, wrong = build_teacher_prompts(
+        pairs, PROBLEM, Bank(MemoryConfig()), (), STUDENT, WordMeter(), config, seed=0
+    )
+    system, *rest = wrong.messages
+    assert tuple(rest) == STUDENT[1:]
+    assert system["content"] == "Answer with a letter.\n\nCorrect solution:\n\nsolution 0"
+    [_, bare] = build_teacher_prompts(
+        pairs, PROBLEM, Bank(MemoryConfig()), (), STUDENT[1:], WordMeter(), config, seed=0
+    )
+    assert bare.messages[0] == {"role": "system", "content": "Correct solution:\n\nsolution 0"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,17 +39,20 @@ class DistillGroup:
 
 
 class DistillBatch(NamedTuple):
-    """Padded arrays. Right-padded rows of valid length; an empty group has response_length 0."""
+    """Padded arrays, numpy on the host and jax on the devices.
 
-    student_prompt: Int[np.ndarray, "N 1 P"]
-    student_length: Int[np.ndarray, "N 1"]
-    teacher_prompt: Int[np.ndarray, "N S Q"]
-    teacher_length: Int[np.ndarray, "N S"]
-    prompt_of: Int[np.ndarray, "N G"]
-    response: Int[np.ndarray, "N G T"]
-    response_length: Int[np.ndarray, "N G"]
-    sampled_logprobs: Float[np.ndarray, "N G T"]
-    has_guidance: Bool[np.ndarray, "N G"]
+    Rows are right-padded to their valid lengths; an empty group has response_length 0.
+    """
+
+    student_prompt: Int[Any, "N 1 P"]
+    student_length: Int[Any, "N 1"]
+    teacher_prompt: Int[Any, "N S Q"]
+    teacher_length: Int[Any, "N S"]
+    prompt_of: Int[Any, "N G"]
+    response: Int[Any, "N G T"]
+    response_length: Int[Any, "N G"]
+    sampled_logprobs: Float[Any, "N G T"]
+    has_guidance: Bool[Any, "N G"]
 
 
 def _distinct(prompts: Sequence[Tokens]) -> tuple[list[tuple[int, ...]], list[int]]:

@@ -56,7 +56,7 @@ class OptimizerConfig:
 class TrainState(NamedTuple):
     """step: policy updates so far. params: float32 master weights. teacher: None, or the EMA."""
 
-    step: Int[Array, ""]
+    step: Int[Any, ""]
     params: Params
     teacher: Params | None
     optimizer: Any

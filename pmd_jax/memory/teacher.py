@@ -3,6 +3,7 @@
 The last user turn is extended in this order: the problem, strategies, lessons, behaviors, a kept
 solution of an earlier visit, a sibling's solution, feedback, a closing line. What differs between
 the rollouts of a group comes last, so that their prompts share a long beginning; most are equal.
+`layout = "system"` puts the same sections, without the closing line, into the system turn.
 
 With `sources = ("sibling", "feedback")` the prompt is SDPO's, letter by letter (lasgroup/SDPO at
 0e6d510). Two things differ on purpose: the demonstration is a seeded random success, where SDPO's
@@ -18,6 +19,7 @@ import dataclasses
 import difflib
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from pmd_jax.memory import TextMeter
 from pmd_jax.memory.bank import Bank
@@ -44,6 +46,9 @@ class TeacherConfig:
 
     sources: some of "sibling", "feedback", "insights", "behaviors" and "experience", a success
         that memory kept, for groups where no sibling's solution is shown.
+    layout: where the sections stand. "user" extends the last user turn, as SDPO. "system" extends
+        the system turn instead, so that worked examples and the bare question are read last: a
+        small model that learned the answer's format from examples loses it behind a long turn.
     top_k: behaviors retrieved per problem.
     max_prompt_tokens: the whole prompt. Where it is short, behaviors give way first, then
         insights, then experience, feedback and sibling.
@@ -52,6 +57,7 @@ class TeacherConfig:
     """
 
     sources: tuple[str, ...] = ("sibling", "feedback", "insights", "behaviors")
+    layout: Literal["user", "system"] = "user"
     top_k: int = 3
     max_prompt_tokens: int = 10240
     sibling_tokens: int = 8192
@@ -260,15 +266,25 @@ def _fitted(
     shown |= chosen | _choose_items(skills, min(config.behavior_tokens, room), meter)
     in_order = [(s.name, shown[s.name]) for s in sections]
     text = "".join(section.text for _, section in in_order)
-    last = student_messages[-1]
-    extended = (*student_messages[:-1], {**last, "content": last["content"] + text + CLOSING})
     return TeacherPrompt(
         rollout_id=rollout_id,
-        messages=extended if text else student_messages,
+        messages=_extended(student_messages, text, config) if text else student_messages,
         cited=tuple(key for _, section in in_order for key in section.ids if key),
         section_tokens={name: section.tokens for name, section in in_order if section.text},
         cut_tokens={name: section.cut_tokens for name, section in in_order if section.cut_tokens},
     )
+
+
+def _extended(
+    messages: tuple[Message, ...], text: str, config: TeacherConfig
+) -> tuple[Message, ...]:
+    """The student's messages with the sections where the layout wants them."""
+    first, last = messages[0], messages[-1]
+    if config.layout == "user":
+        return (*messages[:-1], {**last, "content": last["content"] + text + CLOSING})
+    if first["role"] != "system":
+        return ({"role": "system", "content": text.strip()}, *messages)
+    return ({**first, "content": first["content"].rstrip() + "\n" + text}, *messages[1:])
 
 
 def _cut_text(section: _Section, budget: int, meter: TextMeter) -> _Shown:

@@ -24,6 +24,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -97,7 +98,7 @@ class Tokenizer:
         """Token ids of `text`. Nothing is added; special tokens written in it are read as such."""
         return self.backend.encode(text)
 
-    def decode(self, tokens: Iterable[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, tokens: Iterable[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of `tokens`.
 
         Never raises: half a character becomes U+FFFD, and ids without a text, which a model with a

@@ -1,0 +1,327 @@
+"""The loop on a toy model: its order, what memory may and may not touch, kill and resume."""
+
+import dataclasses
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from toys import write_model_folder
+
+from pmd_jax import settings, trainer
+from pmd_jax.checkpoint import CheckpointConfig
+from pmd_jax.config import ModelSection, RunConfig
+from pmd_jax.distill.objectives import DistillConfig
+from pmd_jax.distill.update import OptimizerConfig
+from pmd_jax.evaluate import EvaluationConfig
+from pmd_jax.memory.bank import Bank, MemoryConfig
+from pmd_jax.memory.reflection import ReflectionConfig
+from pmd_jax.memory.teacher import TeacherConfig
+from pmd_jax.policy.policy import load_policy
+from pmd_jax.policy.sharding import MeshConfig
+from pmd_jax.records import Verdict
+from pmd_jax.rollout import RolloutConfig, attempt
+from pmd_jax.run import train
+from pmd_jax.tasks.task import TaskConfig, load_task
+from pmd_jax.telemetry import Progress
+
+TASK = TaskConfig(
+    "scicalc", response_style="direct", num_train=8, num_validation=4, num_test=4, feedback=True
+)
+LESSONS = (
+    "you divide by a time, check the unit of the answer before choosing",
+    "a quantity is squared, write the square down before you multiply",
+    "two options differ by ten, count the powers of ten once more",
+    "the ratio is asked, keep numerator and denominator in their places",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch):
+    """A toy model solves nothing and writes noise: grade by length, and lend it a writer."""
+
+    def make_generate(policy, max_new_tokens, temperature, seed):
+        return lambda chats: [LESSONS[(seed + i) % 4] + "." for i, _ in enumerate(chats)]
+
+    def verify(task, problems, attempts):
+        groups = real_verify(task, problems, attempts)
+        return [
+            dataclasses.replace(
+                group,
+                verdicts=tuple(
+                    Verdict(r.sample % 2 == 0, float(r.sample % 2 == 0), "", True)
+                    for r in group.rollouts
+                ),
+            )
+            for group in groups
+        ]
+
+    real_verify = trainer.verify
+    monkeypatch.setattr(trainer, "make_generate", make_generate)
+    monkeypatch.setattr(trainer, "verify", verify)
+
+
+def config_for(model, output, **changes) -> RunConfig:
+    config = RunConfig(
+        name="toy",
+        output=str(output),
+        steps=4,
+        model=ModelSection(str(model), dtype="float32"),
+        mesh=MeshConfig(data=8, fsdp=1),
+        task=TASK,
+        rollout=RolloutConfig(problems_per_step=3, rollouts_per_problem=4, max_new_tokens=8),
+        reflection=ReflectionConfig(style="lines", clusters=2, min_problems_per_cluster=1),
+        teacher=TeacherConfig(max_prompt_tokens=3000, top_k=1),
+        distill=DistillConfig(bucket_tokens=512),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        evaluation=EvaluationConfig(num_samples=2),
+        checkpoint=CheckpointConfig(every=1, keep=3),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def run(model, output, **changes):
+    return train(config_for(model, output, **changes)).folder
+
+
+def test_every_step_runs_and_every_level_of_memory_reaches_a_loss(model, tmp_path):
+    folder = run(model, tmp_path)
+    rows = lines(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    verbs = ("attempt", "verify", "remember", "reflect", "abstract", "teach", "distill")
+    for row in rows:
+        assert all(row[f"seconds/{verb}"] >= 0 for verb in verbs)
+        assert row["loss"] > 0 and row["loss_fraction"] == 1
+        assert row["teacher/with_insight"] > 0
+        assert row["logprob_gap"] < 1e-4  # the sampler and the trainer agree
+    assert rows[-1]["teacher/with_behavior"] > 0
+    assert rows[-1]["memory/behaviors"] >= 1
+    samples = lines(folder, "samples.jsonl")
+    assert len(samples) == 4 * 3 * 4
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert list(evaluation) == ["before", "after"]
+    assert {"config.json", "memory", "checkpoints", "tensorboard"} <= {
+        f.name for f in folder.iterdir()
+    }
+
+
+def test_what_is_cited_can_be_walked_back_to_the_rollout(model, tmp_path):
+    """teacher prompt -> behavior -> insight -> experience, and its text is in the prompt."""
+    folder = run(model, tmp_path, steps=3)
+    bank = Bank.load(folder / "memory")
+    behaviors = {b.id: b for b in bank.behaviors}
+    insights = {i.id: i for p in bank.problem_ids for i in bank.insights(p)}
+    rollouts = {row["rollout"] for row in lines(folder, "samples.jsonl")}
+    last = [row for row in lines(folder, "samples.jsonl") if row["step"] == 2]
+    cited = [behaviors[name] for row in last for name in row["cited"] if name in behaviors]
+    assert cited
+    for row in last:
+        for name in set(row["cited"]) & insights.keys():
+            assert insights[name].text in row["teacher_prompt"]
+            assert insights[name].text not in row["student_prompt"]
+            assert set(insights[name].experience_ids) <= rollouts
+    assert set(cited[0].insight_ids) & insights.keys()
+
+
+def test_student_prompts_are_the_same_bytes_with_a_full_bank_and_an_empty_one(model, tmp_path):
+    """Also those of evaluation: nothing in the task or the policy can see memory."""
+    task, policy = load_task(TASK), load_policy(model, dtype="float32")
+    problems = task.splits["train"][:3]
+    before = attempt(policy, task, problems, 2, 4, 0, 0)
+    run(model, tmp_path)
+    assert Bank.load(tmp_path / "toy" / "memory").behaviors
+    after = attempt(policy, task, problems, 2, 4, 0, 0)
+    for problem in problems:
+        assert before[problem.id][0] == after[problem.id][0]
+        texts = [[r.text for r in result[problem.id][1]] for result in (before, after)]
+        assert texts[0] == texts[1]
+
+
+def test_killed_and_resumed_is_the_same_run(model, tmp_path, monkeypatch):
+    """Stopped within step 2 (of an epoch of two steps) and resumed: the same numbers and bank."""
+    whole = run(model, tmp_path / "whole")
+    config = config_for(model, tmp_path / "killed")
+    real, calls = trainer.Trainer.distill, []
+
+    def dies(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "distill", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    outcome = train(config, resume=True)
+    assert without_times(lines(outcome.folder)) == without_times(lines(whole))
+    assert lines(outcome.folder, "samples.jsonl") == lines(whole, "samples.jsonl")
+    assert Bank.load(outcome.folder / "memory").digest() == Bank.load(whole / "memory").digest()
+    scores = [json.loads((f / "evaluation.json").read_text()) for f in (outcome.folder, whole)]
+    for score in scores:
+        for row in score.values():
+            del row["seconds"]
+    assert scores[0] == scores[1]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(model, tmp_path, monkeypatch, capsys):
+    config = config_for(model, tmp_path, checkpoint=CheckpointConfig(every=0))
+    real = trainer.Trainer.teach
+
+    def interrupts(self, step, groups):
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step, groups)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "teach", interrupts)
+        outcome = train(config)
+    assert outcome.interrupted and outcome.steps == 2
+    assert "--resume" in capsys.readouterr().out
+    outcome = train(config, resume=True)
+    assert not outcome.interrupted and len(lines(outcome.folder)) == 4
+
+
+@pytest.mark.parametrize("lifetime", ["step", "frozen"])
+def test_transient_and_frozen_memory_are_values(model, tmp_path, lifetime):
+    memory = MemoryConfig(lifetime=lifetime) if lifetime == "step" else None
+    if memory is None:
+        first = run(model, tmp_path / "first")
+        memory = MemoryConfig(lifetime="frozen", path=str(first / "memory"))
+    folder = run(model, tmp_path, memory=memory)
+    rows = lines(folder)
+    if lifetime == "step":
+        assert {row["memory/problems"] for row in rows} == {3}
+    else:
+        digests = [Bank.load(f / "memory").records() for f in (first, folder)]
+        assert digests[0]["insights"] == digests[1]["insights"]
+        assert rows[0]["teacher/with_behavior"] > 0  # from the first step
+
+
+def test_learning_rate_zero_keeps_the_policy_and_fills_the_bank(model, tmp_path):
+    frozen = OptimizerConfig(learning_rate=0.0)
+    folder = run(model, tmp_path, optimizer=frozen, steps=2)
+    assert Bank.load(folder / "memory").sizes()["insights"] > 0
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["before"]["per_problem"] == evaluation["after"]["per_problem"]
+
+
+def test_a_loss_that_is_nan_stops_with_its_batch_and_leaves_the_checkpoint(model, tmp_path):
+    config = config_for(
+        model, tmp_path, optimizer=OptimizerConfig(learning_rate=1e38, warmup_steps=0)
+    )
+    with pytest.raises(trainer.NotFinite, match=r"step \d: the loss is .*--resume"):
+        train(config)
+    [file] = (tmp_path / "toy").glob("not_finite_step_*.npz")
+    with np.load(file) as batch:
+        assert batch["response"].shape[:2] == (8, 4)
+    step = int(file.stem.rpartition("_")[2])
+    assert (tmp_path / "toy" / "checkpoints" / str(step)).is_dir()
+
+
+def test_a_run_without_any_loss_is_a_failure_and_says_so(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "reflect", lambda *_: {})
+    teacher = TeacherConfig(sources=("insights",), max_prompt_tokens=3000)
+    with pytest.raises(RuntimeError, match="no rollout carried loss"):
+        run(model, tmp_path, teacher=teacher, steps=1)
+
+
+def test_nothing_compiles_after_the_second_step(model, tmp_path):
+    config = config_for(model, tmp_path)
+    task = load_task(config.task)
+    policy = load_policy(model, dtype="float32")
+    toy = trainer.Trainer(dataclasses.replace(config), policy, task, tmp_path)
+    with Progress(5) as progress:
+        for _ in range(2):
+            toy.step(progress)
+        with CompileCount() as count:
+            for _ in range(3):
+                toy.step(progress)
+    assert count.names == []
+
+
+class CompileCount:
+    """The functions compiled within the block."""
+
+    def __enter__(self):
+        self.names = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def _listen(self, event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration" and self.names is not None:
+            self.names.append(details.get("fun_name", event))
+
+    def __exit__(self, *_):
+        self.names, found = None, self.names
+        self.names = found
+        jax.monitoring.clear_event_listeners()
+
+
+def test_a_bank_that_is_missing_or_damaged_is_not_resumed_without(model, tmp_path):
+    config = config_for(model, tmp_path, steps=1)
+    folder = train(config).folder
+    bank = folder / "checkpoints" / "1" / "bank" / "bank"
+    file = sorted(bank.glob("*.jsonl"))[0]
+    file.write_text(file.read_text() + "x")
+    with pytest.raises(ValueError, match=file.name):
+        train(dataclasses.replace(config, steps=2), resume=True)
+    for part in bank.iterdir():
+        part.unlink()
+    bank.rmdir()
+    with pytest.raises(ValueError, match="lacks its memory bank"):
+        train(dataclasses.replace(config, steps=2), resume=True)
+
+
+def test_a_run_is_not_written_over_nor_resumed_as_another(model, tmp_path):
+    config = config_for(model, tmp_path, steps=1)
+    train(config)
+    with pytest.raises(ValueError, match="holds a run of 1 steps; continue it with --resume"):
+        train(config)
+    with pytest.raises(ValueError, match=r"config\.seed: must be as it was"):
+        train(dataclasses.replace(config, seed=1), resume=True)
+    with pytest.raises(ValueError, match="has no checkpoint to resume"):
+        train(dataclasses.replace(config, name="other"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "config.steps: must be at least 1; got 0"),
+        ({"rollout.rollouts_per_problem": 1}, "must be at least 2 where teacher.sources"),
+        ({"teacher.sources": ()}, "teacher.sources: must name at least one"),
+        ({"teacher.max_prompt_tokens": 20}, "max_prompt_tokens: .* alone takes"),
+        ({"teacher.max_prompt_tokens": 5000}, "must fit the model's 4096 positions; got 5000"),
+        ({"distill.micro_batch": 2}, "must divide rollout.problems_per_step, 3; got 2"),
+        ({"distill.micro_batch": 3}, "must be a multiple of the 8 parts"),
+        ({"rollout.problems_per_step": 9}, "must be at most the 8 training problems; got 9"),
+        ({"rollout.temperature": 0.5}, "must equal rollout.temperature, 0.5"),
+        ({"model.path": "no/such/./folder"}, "no/such"),
+        ({"mesh.tensor": 3}, "data x fsdp x tensor must equal the number of devices, 8"),
+        ({"name": "a/b"}, "name: must be a folder's name without '/'; got 'a/b'"),
+    ],
+)
+def test_bad_configurations_are_named_before_any_rollout(model, tmp_path, changes, message):
+    values = settings.to_config_dict(config_for(model, tmp_path))
+    with values.ignore_type():
+        values.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        train(settings.build(RunConfig, values))
+    assert not list(tmp_path.rglob("metrics.jsonl")) or not lines(tmp_path / "toy")
