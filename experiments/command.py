@@ -10,7 +10,7 @@ from pmd_jax import settings
 
 
 def main(description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `--config FILE[:ARG]` and returns the exit code: 0 done, 1 failed, 2 bad input, 130 ^C."""
+    """Runs `--config FILE[:ARG]`; the exit code is 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     spec, overrides, arguments = settings.parse_arguments(argv, description)
     try:

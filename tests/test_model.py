@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toys import CONFIG, F32, eight_devices, full_logprobs, toy_params, params_on, toy_groups
+from toys import CONFIG, F32, eight_devices, full_logprobs, params_on, toy_groups, toy_params
 
 from pmd_jax.distill.batch import DistillBatch, build_batch
 from pmd_jax.policy import model

@@ -6,7 +6,14 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from toys import TEXT_CONFIG, eight_devices, full_logprobs, hf_tensors, toy_params, write_model_folder
+from toys import (
+    TEXT_CONFIG,
+    eight_devices,
+    full_logprobs,
+    hf_tensors,
+    toy_params,
+    write_model_folder,
+)
 
 from pmd_jax import load_policy
 from pmd_jax.policy.families import read_config
@@ -54,7 +61,9 @@ def test_there_and_back_is_bit_equal(folder, policy, tmp_path):
 def test_bfloat16_is_written_and_named_in_the_config(policy, tmp_path):
     policy.save_hf(tmp_path / "half")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert load_file(tmp_path / "half" / "model.safetensors")["model.norm.weight"].dtype.itemsize == 2
+    assert (
+        load_file(tmp_path / "half" / "model.safetensors")["model.norm.weight"].dtype.itemsize == 2
+    )
     with pytest.raises(ValueError, match="must be empty or new"):
         policy.save_hf(tmp_path / "half")
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import CONFIG, F32, eight_devices, toy_params, params_on, toy_batch, toy_groups
+from toys import CONFIG, F32, eight_devices, params_on, toy_batch, toy_groups, toy_params
 
 from pmd_jax.distill.batch import DistillBatch, build_batch, padding_fraction, place
 from pmd_jax.distill.divergence import DivergenceConfig
@@ -32,7 +32,9 @@ def _gradients(params, batch, config):
 
 
 def gradients(batch, config=None):
-    return _gradients(toy_params(), DistillBatch(*map(jnp.asarray, batch)), config or DistillConfig())
+    return _gradients(
+        toy_params(), DistillBatch(*map(jnp.asarray, batch)), config or DistillConfig()
+    )
 
 
 def trained(config=None, mesh=None, batch=None, steps=1, optimizer=OPTIMIZER):
@@ -192,7 +194,9 @@ def test_rollout_losses_are_means_over_their_tokens():
     _, (report,), _ = trained(batch=batch)
     losses = rollout_losses(report, batch)
     n = batch.response_length[0, 1]
-    np.testing.assert_allclose(losses[0, 1], report.per_token.divergence[0, 1, :n].mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses[0, 1], report.per_token.divergence[0, 1, :n].mean(), rtol=1e-5
+    )
 
 
 def test_the_gap_to_the_sampler_is_measured():

@@ -1,0 +1,28 @@
+"""The bench every test stands on: eight forced CPU devices, no network, checked types.
+
+Set here, before anything imports JAX, so that subprocesses of tests inherit it.
+
+* Shapes and types of pmd_jax are checked at run time: every annotated function and dataclass goes
+  through jaxtyping and beartype. As for mypy, an int may stand where a float is asked for.
+* Compiled programs are kept in pytest's cache, so that a second run skips most compilations.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+import pytest
+from beartype import BeartypeConf, beartype
+
+typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
+jaxtyping.install_import_hook("pmd_jax", f"{__name__}.typechecker")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
+    if cache is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("jax"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
