@@ -6,7 +6,6 @@ reads it, and a policy that is distilled. Two worked examples teach the model th
 """
 
 from ml_collections import ConfigDict
-from pmd_jax.tasks.task import TaskConfig
 
 from pmd_jax.checkpoint import CheckpointConfig
 from pmd_jax.config import ModelSection, RunConfig
@@ -19,6 +18,7 @@ from pmd_jax.policy.sampler import EngineConfig
 from pmd_jax.policy.sharding import MeshConfig
 from pmd_jax.rollout import RolloutConfig
 from pmd_jax.settings import to_config_dict
+from pmd_jax.tasks.task import TaskConfig
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,6 @@ reflection.writer says otherwise.
 import dataclasses
 
 from ml_collections import ConfigDict
-from pmd_jax.tasks.task import TaskConfig
 
 from pmd_jax.config import ModelSection, RunConfig
 from pmd_jax.distill.divergence import DivergenceConfig
@@ -26,6 +25,7 @@ from pmd_jax.policy.sampler import EngineConfig
 from pmd_jax.policy.sharding import MeshConfig
 from pmd_jax.rollout import RolloutConfig
 from pmd_jax.settings import to_config_dict
+from pmd_jax.tasks.task import TaskConfig
 
 STEPS = {"biology": 280, "chemistry": 1180, "material": 520, "physics": 440}
 """20 epochs of 32 problems, what is left of an epoch dropped."""
