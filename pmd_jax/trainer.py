@@ -104,7 +104,7 @@ class Trainer:
         self.config, self.policy, self.task, self.folder = config, policy, task, folder
         self.problems = task.splits["train"]
         self.order = ordering.problem_order(
-            self.problems, config.rollout.problems_per_step, config.seed
+            len(self.problems), config.rollout.problems_per_step, config.seed
         )
         self.check()
         self.bank = Bank.open(config.memory)

@@ -1,0 +1,33 @@
+"""Does the policy learn? SmolLM2-135M on scicalc with one worked example, an hour on a CPU.
+
+With one example in its prompt the model knows the answer format two times out of three. Evaluation
+samples at temperature 1, where that shows. experiments/README.md has the result.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.quickstart import config as quickstart
+from pmd_jax.checkpoint import CheckpointConfig
+from pmd_jax.distill.update import OptimizerConfig
+from pmd_jax.evaluate import EvaluationConfig
+from pmd_jax.rollout import RolloutConfig
+from pmd_jax.settings import to_config_dict
+
+
+def get_config() -> ConfigDict:
+    change = dataclasses.replace
+    base = quickstart()
+    config = change(
+        base,
+        name="learning",
+        steps=60,
+        task=change(base.task, format_shots=1, num_train=64, num_test=128),
+        rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=16),
+        reflection=change(base.reflection, clusters=8, behaviors_every=4),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=5),
+        evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0, every=20),
+        checkpoint=CheckpointConfig(every=20, keep=1),
+    )
+    return to_config_dict(config)

@@ -1,0 +1,95 @@
+"""The command line as a person meets it: exit codes, and one clear line for each mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toys import write_model_folder
+
+from experiments.command import main
+from pmd_jax import settings
+from pmd_jax.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+WHOLE = "--config.distill.micro_batch=0"  # the tests' eight devices do not cut one group
+SCIKNOWEVAL = str(ROOT / "configs" / "sciknoweval.py")
+
+
+def run(*arguments, config=QUICKSTART):
+    return main("test", ["--config", config, *arguments])
+
+
+@pytest.mark.parametrize("domain", ["biology", "chemistry", "material", "physics"])
+@pytest.mark.parametrize("size", ["", ",small"])
+def test_the_configurations_of_all_domains_are_valid(domain, size):
+    config = settings.build(RunConfig, settings.load_config(f"{SCIKNOWEVAL}:{domain}{size}"))
+    assert config.task.subject == domain
+    assert config.distill.divergence.name == "jensen_shannon"
+
+
+def test_the_paper_s_numbers_are_in_the_configuration():
+    config = settings.build(RunConfig, settings.load_config(f"{SCIKNOWEVAL}:chemistry"))
+    rollout, optimizer = config.rollout, config.optimizer
+    assert (rollout.problems_per_step, rollout.rollouts_per_problem) == (32, 8)
+    assert rollout.max_new_tokens == 8192
+    assert (optimizer.learning_rate, optimizer.warmup_steps) == (1e-5, 10)
+    assert (config.steps, config.teacher.top_k, config.evaluation.num_samples) == (1180, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.lerning_rate=1"], "did you mean learning_rate"),
+        (["--config.steps=many"], "config.steps: must be an int; got 'many'"),
+        (["--config.model.path=./none"], "none"),
+        (["--config.teacher.sources=sibling,insight"], "did you mean insights?"),
+        (["--config.rollout.rollouts_per_problem=1"], "must be at least 2"),
+        (["--config.teacher.max_prompt_tokens=64"], "alone takes"),
+        (["--config.task.families=free_fal"], "did you mean free_fall"),
+        (["--resume"], "has no checkpoint to resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    model = write_model_folder(tmp_path / "toy")
+    given = [f"--config.output={tmp_path}/runs", f"--config.model.path={model}", WHOLE]
+    assert run(*given, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_tokenizer_without_chat_template_is_named(tmp_path, capsys):
+    model = write_model_folder(tmp_path / "toy")
+    (model / "tokenizer_config.json").write_text("{}")
+    code = run(f"--config.output={tmp_path}/runs", f"--config.model.path={model}", WHOLE)
+    error = capsys.readouterr().err
+    assert code == 2 and "chat" in error and "template" in error and error.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    assert run(f"--config.output={tmp_path}/runs") == 2
+    error = capsys.readouterr().err
+    assert "run folder: must be writable" in error and error.count("\n") == 1
+
+
+def test_an_unknown_domain_and_a_missing_file_are_named(tmp_path, capsys):
+    assert run(config=f"{SCIKNOWEVAL}:alchemy") == 2
+    assert "must be one of biology, chemistry" in capsys.readouterr().err
+    assert run(config=str(tmp_path / "none.py")) == 2
+    assert "no such file" in capsys.readouterr().err
+    given = ["--config.task.path=none", f"--config.output={tmp_path}/runs"]
+    assert run(*given, config=f"{SCIKNOWEVAL}:physics,small") == 2
+    assert "task.path: must be a folder" in capsys.readouterr().err
+
+
+def test_help_and_a_typo_answer_without_loading_jax():
+    """A person who mistypes waits for Python alone."""
+    program = (
+        "import sys; from experiments.command import main\n"
+        "code = main('x', ['--config', 'none.py'])\n"
+        "sys.exit(code if 'jax' not in sys.modules else 99)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no such file" in done.stderr
