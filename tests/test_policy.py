@@ -1,8 +1,10 @@
 """The policy object, and weights in and out of a Hugging Face folder."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,7 +18,8 @@ from toys import (
 )
 
 from pmd_jax import load_policy
-from pmd_jax.policy.families import read_config
+from pmd_jax.policy import model
+from pmd_jax.policy.families import read_config, weight_table
 from pmd_jax.policy.weights import load_params
 
 CHAT = [{"role": "user", "content": "What is a mole?"}]
@@ -66,6 +69,30 @@ def test_bfloat16_is_written_and_named_in_the_config(policy, tmp_path):
     )
     with pytest.raises(ValueError, match="must be empty or new"):
         policy.save_hf(tmp_path / "half")
+
+
+GOLDEN = {  # last-token logits of transformers 5.23 (torch, float32) for `golden_params` and 1..20
+    "tied": [-0.207269, 0.050862, -0.005632, -0.271474, -0.124384, 0.155406, 0.096052, 0.040351],
+    "untied": [0.193274, 0.321818, -0.281282, 0.051947, 0.149914, -0.065713, -0.470458, -0.199954],
+}
+
+
+def golden_params(config):
+    """Weights that numpy makes the same everywhere."""
+    rng = np.random.default_rng(0)
+    shapes = {w.path: model.stacked_shape(w, config) for w in weight_table(config)}
+    return model.tree_of(
+        {path: rng.normal(size=shape).astype(np.float32) * 0.2 for path, shape in shapes.items()}
+    )
+
+
+@pytest.mark.parametrize("head", GOLDEN)
+def test_logits_match_transformers(head):
+    config = dataclasses.replace(TEXT_CONFIG, tied_head=head == "tied")
+    params = jax.tree.map(jnp.asarray, golden_params(config))
+    hidden = model.causal_hidden(params, jnp.arange(1, 21)[None], config, jnp.dtype("float32"))
+    logits = model.logits(model.head_of(params), hidden)[0]
+    np.testing.assert_allclose(logits[-1, ::33], GOLDEN[head], atol=1e-4)
 
 
 def test_logits_and_generation_agree(policy):
@@ -130,8 +157,6 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 
 
 def test_a_head_of_its_own_is_read_and_written(tmp_path):
-    import dataclasses
-
     untied = dataclasses.replace(TEXT_CONFIG, tied_head=False)
     folder = write_model_folder(tmp_path / "untied", untied)
     policy = load_policy(folder, dtype="float32")

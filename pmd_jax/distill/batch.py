@@ -75,8 +75,7 @@ def build_batch(
     num_rollouts = sizes.pop()
     distinct = [_distinct(group.teacher_prompts) for group in groups]
     most = max(len(prompts) for prompts, _ in distinct)
-    # Two teacher prompts are the usual case (the demonstrator reads another sibling's solution).
-    num_prompts = 1 << (max(most, min(2, num_rollouts)) - 1).bit_length()
+    num_prompts = 1 << (most - 1).bit_length()  # 1 or 2, unless feedback makes each one differ
     n = -(-len(groups) // multiple_of) * multiple_of
     p = bucket(max(len(group.student_prompt) for group in groups), bucket_tokens)
     q = bucket(max(len(prompt) for prompts, _ in distinct for prompt in prompts), bucket_tokens)
