@@ -30,6 +30,7 @@ from pmd_jax.distill.batch import (
     padding_fraction,
     place,
 )
+from pmd_jax.distill.objectives import response_mask
 from pmd_jax.distill.update import (
     StepReport,
     TrainState,
@@ -95,6 +96,22 @@ def make_writer(policy: Policy, config: ReflectionConfig, seed: int) -> Generate
             config.behaviors_max_new_tokens,
         )
     return make_generate(policy, config.behaviors_max_new_tokens, config.temperature, seed)
+
+
+def teacher_gain(
+    batch: DistillBatch, report: StepReport, groups: Sequence[Group]
+) -> dict[str, float]:
+    """By how many nats per token the teacher likes the student's responses better than it does.
+
+    Apart for correct and for wrong ones, where there are any: a teacher that knows more gains on
+    the correct. A number near zero on both says that it was shown nothing of use.
+    """
+    known, mask = report.per_token, np.asarray(response_mask(batch))
+    gain = ((known.teacher - known.student) * mask).sum(-1) / mask.sum(-1).clip(1)
+    correct = np.array([[v.correct for v in group.verdicts] for group in groups])
+    gain = gain[: len(groups)]
+    parts = {"teacher/gain_correct": gain[correct], "teacher/gain_wrong": gain[~correct]}
+    return {name: float(values.mean()) for name, values in parts.items() if values.size}
 
 
 class Trainer:
@@ -186,7 +203,7 @@ class Trainer:
             prompts = self.teach(step, groups)
         batch, report = self.distill(step, groups, prompts, progress)
         losses = rollout_losses(report, batch)[: len(groups)]
-        metrics |= self.account(batch, report, prompts, losses)
+        metrics |= self.account(batch, report, prompts) | teacher_gain(batch, report, groups)
         return StepResult(metrics, self.samples(groups, prompts, losses))
 
     def phase(self, name: str, progress: Progress) -> Any:
@@ -317,7 +334,6 @@ class Trainer:
         batch: DistillBatch,
         report: StepReport,
         prompts: Sequence[Sequence[TeacherPrompt]],
-        losses: np.ndarray,
     ) -> dict[str, Any]:
         teachers = [prompt for group in prompts for prompt in group]
         guided = [prompt for prompt in teachers if prompt.has_guidance]
@@ -332,6 +348,7 @@ class Trainer:
             trained_tokens=int(batch.response_length.sum()),
         )
         size = max(len(teachers), 1)
+        read = np.take_along_axis(batch.teacher_length, batch.prompt_of, axis=1)[: len(prompts)]
         return {
             "loss": float(report.loss),
             "grad_norm": float(report.grad_norm),
@@ -341,9 +358,7 @@ class Trainer:
             "loss_fraction": len(guided) / size,
             "teacher/with_insight": sum(bool(names & insights) for names in cited) / size,
             "teacher/with_behavior": sum(bool(names & behaviors) for names in cited) / size,
-            "teacher/prompt_tokens": float(batch.teacher_length[batch.prompt_of.any(-1)].mean())
-            if batch.prompt_of.any()
-            else float(batch.teacher_length[:, 0].mean()),
+            "teacher/prompt_tokens": float(read.mean()),
             "teacher/cut_tokens": sum(sum(p.cut_tokens.values()) for p in teachers) / size,
             "padding_fraction": padding_fraction(batch),
             **{f"memory/{level}": count for level, count in self.bank.sizes().items()},

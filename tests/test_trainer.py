@@ -111,6 +111,7 @@ def test_every_step_runs_and_every_level_of_memory_reaches_a_loss(model, tmp_pat
         assert row["loss"] > 0 and row["loss_fraction"] == 1
         assert row["teacher/with_insight"] > 0
         assert row["logprob_gap"] < 1e-4  # the sampler and the trainer agree
+        assert np.isfinite([row["teacher/gain_correct"], row["teacher/gain_wrong"]]).all()
     assert rows[-1]["teacher/with_behavior"] > 0
     assert rows[-1]["memory/behaviors"] >= 1
     samples = lines(folder, "samples.jsonl")
