@@ -24,11 +24,14 @@ from pmd_jax.checkpoint import Checkpointer
 from pmd_jax.config import RunConfig
 from pmd_jax.evaluate import Evaluation, evaluate
 from pmd_jax.ordering import problem_order
+from pmd_jax.policy.families import read_config
+from pmd_jax.policy.hub import resolve_model
 from pmd_jax.policy.policy import Policy, load_policy
-from pmd_jax.policy.sharding import make_mesh
+from pmd_jax.policy.sharding import batch_shards, make_mesh
+from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.tasks.task import Task, load_task
 from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
-from pmd_jax.trainer import NotFinite, StepResult, Trainer
+from pmd_jax.trainer import NotFinite, StepResult, Trainer, check_fit
 
 MAY_CHANGE = ("steps", "evaluation", "checkpoint", "engine", "samples_per_step", "output")
 """What a resumed run may set anew; all else must be as it was."""
@@ -80,7 +83,7 @@ def train(config: RunConfig, resume: bool = False) -> Outcome:
         _check_folder(folder, config, checkpointer.latest, resume)
         task = load_task(config.task)
         problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
-        policy = _load(config)
+        policy = _load(config, task)
         trainer = Trainer(config, policy, task, folder)
         if resume:
             restored = checkpointer.restore(trainer.abstract_state, trainer.order, config.memory)
@@ -93,10 +96,13 @@ def train(config: RunConfig, resume: bool = False) -> Outcome:
         checkpointer.close()
 
 
-def _load(config: RunConfig) -> Policy:
+def _load(config: RunConfig, task: Task) -> Policy:
+    """The policy, its weights read only after everything that does not need them was checked."""
     mesh = make_mesh(config.mesh)
+    folder = resolve_model(config.model.path)
+    check_fit(config, task, Tokenizer.load(folder), read_config(folder), batch_shards(mesh))
     return load_policy(
-        config.model.path, config.model.dtype, mesh, param_dtype="float32", engine=config.engine
+        folder, config.model.dtype, mesh, param_dtype="float32", engine=config.engine
     )
 
 

@@ -48,8 +48,10 @@ from pmd_jax.memory.behaviors import abstract, cluster
 from pmd_jax.memory.reflection import ReflectionConfig, reflect
 from pmd_jax.memory.retrieval import Retriever
 from pmd_jax.memory.teacher import build_teacher_prompts, check_budget
+from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
+from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Experience, Problem, TeacherPrompt
 from pmd_jax.rollout import Group, attempt, make_generate, name_seed, verify
 from pmd_jax.tasks.task import Task
@@ -114,6 +116,30 @@ def teacher_gain(
     return {name: float(values.mean()) for name, values in parts.items() if values.size}
 
 
+def check_fit(
+    config: RunConfig, task: Task, tokenizer: Tokenizer, model: ModelConfig, shards: int
+) -> None:
+    """Rules that need the problems, the tokenizer or the mesh, before any weight is read.
+
+    shards: parts that the mesh cuts a batch into. Raises ValueError, on one line.
+    """
+    micro = config.distill.micro_batch
+    if micro % shards:
+        raise ValueError(
+            f"config.distill.micro_batch: must be a multiple of the {shards} parts that the "
+            f"mesh cuts a batch into (data x fsdp), or 0; got {micro}"
+        )
+    longest = config.teacher.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > model.max_positions:
+        raise ValueError(
+            f"config.teacher.max_prompt_tokens: with rollout.max_new_tokens, "
+            f"{config.rollout.max_new_tokens}, must fit the model's {model.max_positions} "
+            f"positions; got {config.teacher.max_prompt_tokens}"
+        )
+    problems = [p for split in task.splits.values() for p in split]
+    check_budget(problems, task.student_messages, tokenizer, config.teacher)
+
+
 class Trainer:
     """A run's state: policy and optimizer, bank, data position. `step` advances all of them."""
 
@@ -123,7 +149,6 @@ class Trainer:
         self.order = ordering.problem_order(
             len(self.problems), config.rollout.problems_per_step, config.seed
         )
-        self.check()
         self.bank = Bank.open(config.memory)
         self.retriever = Retriever(make_embed(config.embedding))
         self.labels = cluster(self.problems, self.retriever.vectors, config.reflection, config.seed)
@@ -146,27 +171,6 @@ class Trainer:
         )
         self.totals: Counter[str] = Counter()
         self.watch = Stopwatch()
-
-    def check(self) -> None:
-        """Rules that need the model, the problems or the mesh. Raises ValueError, on one line."""
-        config, shards = self.config, batch_shards(self.policy.mesh)
-        micro = config.distill.micro_batch
-        if micro % shards:
-            raise ValueError(
-                f"config.distill.micro_batch: must be a multiple of the {shards} parts that the "
-                f"mesh cuts a batch into (data x fsdp); got {micro}"
-            )
-        positions = self.policy.config.max_positions
-        longest = config.teacher.max_prompt_tokens + config.rollout.max_new_tokens
-        if longest > positions:
-            raise ValueError(
-                f"config.teacher.max_prompt_tokens: with rollout.max_new_tokens, "
-                f"{config.rollout.max_new_tokens}, must fit the model's {positions} positions; "
-                f"got {config.teacher.max_prompt_tokens}"
-            )
-        check_budget(
-            self.problems, self.task.student_messages, self.policy.tokenizer, config.teacher
-        )
 
     @property
     def step_number(self) -> int:
