@@ -194,3 +194,15 @@ def test_a_config_we_cannot_compute_is_refused_by_name(tmp_path, text, message):
 def test_a_dtype_that_is_none_is_refused(folder):
     with pytest.raises(ValueError, match="dtype: must be one of bfloat16, float32; got 'int8'"):
         load_policy(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("param_dtype", [None, "float32"])
+def test_bfloat16_computes_and_its_sampler_agrees_with_its_forward_pass(folder, param_dtype):
+    policy = load_policy(folder, param_dtype=param_dtype)  # bfloat16 is the default
+    assert policy.params["embed"].dtype == (param_dtype or "bfloat16")
+    prompt = policy.tokenizer.encode_chat(CHAT)
+    [[sample]] = policy.generate([prompt], max_new_tokens=16, stop_tokens=[])
+    row = [*prompt, *sample.tokens]
+    logprobs = np.asarray(jax.nn.log_softmax(policy.logits([row])))[0]
+    at = np.arange(len(prompt), len(row))
+    np.testing.assert_allclose(sample.logprobs, logprobs[at - 1, sample.tokens], atol=0.05)

@@ -1,8 +1,10 @@
 """The loop on a toy model: its order, what memory may and may not touch, kill and resume."""
 
 import dataclasses
+import http.server
 import json
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -214,6 +216,32 @@ def test_transient_and_frozen_memory_are_values(model, tmp_path, lifetime):
         digests = [Bank.load(f / "memory").records() for f in (first, folder)]
         assert digests[0]["insights"] == digests[1]["insights"]
         assert rows[0]["teacher/with_behavior"] > 0  # from the first step
+
+
+class Writer(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that always writes the same behavior."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        text = "When a quantity is squared, write the square down before multiplying."
+        reply = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_another_model_behind_an_endpoint_can_write_the_behaviors(model, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Writer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"openai:http://127.0.0.1:{server.server_port}/v1#writer"
+        reflection = dataclasses.replace(config_for(model, tmp_path).reflection, writer=url)
+        folder = run(model, tmp_path, reflection=reflection, steps=1)
+        server.shutdown()
+    written = [b.text for b in Bank.load(folder / "memory").behaviors]
+    assert written and all("write the square down" in text for text in written)
 
 
 def test_learning_rate_zero_keeps_the_policy_and_fills_the_bank(model, tmp_path):

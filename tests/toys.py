@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.policy import model
 from pmd_jax.policy.families import ModelConfig, weight_table
-from pmd_jax.policy.sampler import EngineConfig, Sampler, Weights, unrolled
+from pmd_jax.policy.sampler import EngineConfig, Sampler, rollout_weights
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
 from pmd_jax.policy.weights import hf_names, leaf_of
 from pmd_jax.records import Rollout
@@ -62,8 +62,7 @@ def make_sampler(mesh=None, max_rows=64, chunk=16, params=None, config=CONFIG):
     """A sampler and its weights on a mesh."""
     mesh = mesh or single_device_mesh()
     params = params if params is not None else params_on(mesh, config=config)
-    with jax.set_mesh(mesh):
-        weights = Weights(params, unrolled(params["layers"], config.num_layers, F32))
+    weights = rollout_weights(params, config, mesh, F32)
     return Sampler(config, EngineConfig(max_rows, chunk), mesh, F32), weights
 
 

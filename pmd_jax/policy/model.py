@@ -163,7 +163,7 @@ def block(
 
 
 def embed(params: Params, tokens: Array, dtype: Any) -> Array:
-    return params["embed"].astype(dtype)[tokens]
+    return params["embed"][tokens].astype(dtype)
 
 
 def final_norm(params: Params, h: Array, config: ModelConfig) -> Array:

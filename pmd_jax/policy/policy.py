@@ -29,7 +29,7 @@ from pmd_jax.policy.sampler import (
     SamplerStats,
     SamplingConfig,
     Weights,
-    unrolled,
+    rollout_weights,
 )
 from pmd_jax.policy.sharding import check_divides, single_device_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
@@ -124,9 +124,7 @@ class Policy:
 
     def _rollout_weights(self) -> Weights:
         if self._weights is None:
-            with jax.set_mesh(self.mesh):
-                layers = unrolled(self.params["layers"], self.config.num_layers, self.dtype)
-            self._weights = Weights(self.params, layers)
+            self._weights = rollout_weights(self.params, self.config, self.mesh, self.dtype)
         return self._weights
 
     def save_hf(self, path: str | Path, dtype: str = "bfloat16") -> None:

@@ -94,16 +94,31 @@ class SamplerStats:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
-    """What sampling reads: the whole tree for prefill, and unrolled layers for decoding."""
+    """What sampling reads: the whole tree for prefill; for decoding, its top and its layers.
+
+    top: embedding, head and final norm. layers: one tree a layer. Both are cast once here, not at
+    every token; where nothing is to be cast, top is the policy's own arrays.
+    """
 
     params: model.Params
+    top: model.Params
     layers: list[model.Params]
 
 
 @partial(jax.jit, static_argnames=("num_layers", "dtype"))
-def unrolled(layers: model.Params, num_layers: int, dtype: Any) -> list[model.Params]:
-    """Stacked layers [L, ...] as a list of trees, cast once for all decode steps."""
+def _unrolled(layers: model.Params, num_layers: int, dtype: Any) -> list[model.Params]:
     return [jax.tree.map(lambda w, i=i: w[i].astype(dtype), layers) for i in range(num_layers)]
+
+
+def rollout_weights(params: model.Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
+    """The weights of a policy as sampling wants them."""
+    with jax.set_mesh(mesh):
+        layers = _unrolled(params["layers"], config.num_layers, dtype)
+        top = {name: leaf for name, leaf in params.items() if name != "layers"}
+        for name in top.keys() & {"embed", "head"}:
+            if top[name].dtype != dtype:
+                top[name] = top[name].astype(dtype)
+    return Weights(params, top, layers)
 
 
 def bucket(length: int, step: int) -> int:
@@ -122,9 +137,9 @@ def _insert(params, state, slots, tokens, lengths, config: ModelConfig, dtype):
     return cache.insert_prompts(state, slots, hidden, kv, lengths)
 
 
-def _draw(params, hidden, rows, sampling, cuts):
+def _draw(top, hidden, rows, sampling, cuts):
     """Samples the next token of every row from hidden [N, G, D]."""
-    logits = model.logits(model.head_of(params), hidden)
+    logits = model.logits(model.head_of(top), hidden)
     keys, counts = rows["key"].reshape(-1, 2), rows["count"].reshape(-1)
     token, logp = select(
         logits.reshape(-1, logits.shape[-1]),
@@ -153,7 +168,7 @@ def _append(rows, token, logp, live, stop_tokens):
 
 
 @partial(jax.jit, static_argnames="cuts", donate_argnames="state")
-def _start(params, state, start, keys, limits, sampling, stop_tokens, cuts):
+def _start(top, state, start, keys, limits, sampling, stop_tokens, cuts):
     """Starts a request in each row of `start` [N, G]: its first token comes from the prompt."""
     rows = state["rows"]
     rows = rows | {
@@ -164,14 +179,14 @@ def _start(params, state, start, keys, limits, sampling, stop_tokens, cuts):
     hidden = jnp.broadcast_to(
         state["first_hidden"][:, None], (*start.shape, state["first_hidden"].shape[-1])
     )
-    token, logp = _draw(params, hidden, rows, sampling, cuts)
+    token, logp = _draw(top, hidden, rows, sampling, cuts)
     begun = _append(rows, token, logp, start, stop_tokens)
     begun["done"] = jnp.where(start, begun["done"], rows["done"])
     return state | {"rows": begun}
 
 
 @partial(jax.jit, static_argnames=("config", "dtype", "chunk", "cuts"), donate_argnames="state")
-def _decode(params, layers, state, sampling, stop_tokens, config, dtype, chunk, cuts):
+def _decode(top, layers, state, sampling, stop_tokens, config, dtype, chunk, cuts):
     """Runs up to `chunk` steps, fewer when every row is done."""
 
     def step(carry):
@@ -189,9 +204,9 @@ def _decode(params, layers, state, sampling, stop_tokens, config, dtype, chunk, 
         attends = [attend_in(*pair) for pair in zip(state["prompt"], state["ring"], strict=True)]
         positions = state["prompt_len"][:, None] + rows["count"] - 1
         hidden, ring = model.decode_hidden(
-            params, layers, rows["newest"], positions, attends, config, dtype
+            top, layers, rows["newest"], positions, attends, config, dtype
         )
-        token, logp = _draw(params, hidden, rows, sampling, cuts)
+        token, logp = _draw(top, hidden, rows, sampling, cuts)
         rows = _append(rows, token, logp, ~rows["done"], stop_tokens)
         return i + 1, state | {"ring": ring, "rows": rows, "clock": clock + 1}
 
@@ -313,7 +328,7 @@ class _Run:
             if not self.owner:
                 return [list(samples) for samples in self.results]  # type: ignore[arg-type]
             self.state = _decode(
-                self.weights.params,
+                self.weights.top,
                 self.weights.layers,
                 self.state,
                 self.sampling,
@@ -367,7 +382,7 @@ class _Run:
         if not start.any():
             return
         self.state = _start(
-            self.weights.params,
+            self.weights.top,
             self.state,
             start,
             _keys(np.uint32(self.seed), requests, samples),
