@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pmd_jax.policy import model, weights
 from pmd_jax.policy.families import ModelConfig, read_config
@@ -78,8 +78,11 @@ class Policy:
         """Drops the unrolled copy of the weights, which only sampling needs."""
         self._weights = None
 
-    def logits(self, tokens: Int[Any, "B T"]) -> Float[Array, "B T V"]:
-        """Float32 logits of a full forward pass; right padding does not reach earlier tokens."""
+    def logits(self, tokens: Any) -> Float[Array, "B T V"]:
+        """Float32 logits of a full forward pass over tokens int [B, T], an array or lists.
+
+        Right padding does not reach earlier tokens.
+        """
         with jax.set_mesh(self.mesh):
             tokens = jnp.asarray(tokens, jnp.int32)
             return _logits(self.params, tokens, config=self.config, dtype=self.dtype)
