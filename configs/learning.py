@@ -22,12 +22,12 @@ def get_config() -> ConfigDict:
     config = change(
         base,
         name="learning",
-        steps=60,
+        steps=30,
         task=change(base.task, format_shots=1, num_train=64, num_test=128),
         rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=16),
         reflection=change(base.reflection, clusters=8, behaviors_every=4),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=5),
-        evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0, every=20),
-        checkpoint=CheckpointConfig(every=20, keep=1),
+        optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=5),
+        evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0),
+        checkpoint=CheckpointConfig(every=10, keep=1),
     )
     return to_config_dict(config)

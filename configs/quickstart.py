@@ -53,8 +53,8 @@ def config() -> RunConfig:
             insight_tokens=128,
             behavior_tokens=96,
         ),
-        distill=DistillConfig(micro_batch=1, bucket_tokens=128),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=2),
+        distill=DistillConfig(bucket_tokens=128),
+        optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=2),
         evaluation=EvaluationConfig(num_problems=32, num_samples=4),
         checkpoint=CheckpointConfig(every=0, keep=1),
     )
