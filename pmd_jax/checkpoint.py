@@ -15,7 +15,6 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from pmd_jax.distill.update import TrainState
 from pmd_jax.memory.bank import Bank, MemoryConfig
@@ -41,11 +40,11 @@ class CheckpointConfig:
 class _BankHandler(ocp.CheckpointHandler):
     """Lets Orbax write a bank inside its atomic save."""
 
-    def save(self, directory: epath.Path, args: _BankSave) -> None:
+    def save(self, directory: Any, args: _BankSave) -> None:
         if jax.process_index() == 0:
             args.bank.save(Path(directory) / BANK)
 
-    def restore(self, directory: epath.Path, args: _BankRestore) -> Bank:
+    def restore(self, directory: Any, args: _BankRestore) -> Bank:
         return Bank.load(Path(directory) / BANK, args.config)
 
 

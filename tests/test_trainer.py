@@ -157,15 +157,16 @@ def test_student_prompts_are_the_same_bytes_with_a_full_bank_and_an_empty_one(mo
         assert texts[0] == texts[1]
 
 
-def test_killed_and_resumed_is_the_same_run(model, tmp_path, monkeypatch):
-    """Stopped within step 2 (of an epoch of two steps) and resumed: the same numbers and bank."""
+@pytest.mark.parametrize("killed_in", [1, 2], ids=["mid_epoch", "end_of_epoch"])
+def test_killed_and_resumed_is_the_same_run(model, tmp_path, monkeypatch, killed_in):
+    """Killed within a step and resumed, an epoch being two steps: the same numbers and bank."""
     whole = run(model, tmp_path / "whole")
     config = config_for(model, tmp_path / "killed")
     real, calls = trainer.Trainer.distill, []
 
     def dies(self, *arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == killed_in + 1:
             raise KeyboardInterrupt
         return real(self, *arguments)
 
