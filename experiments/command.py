@@ -10,26 +10,35 @@ from pmd_jax import settings
 
 
 def main(description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `--config FILE[:ARG]`; the exit code is 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
+    """Runs `--config FILE[:ARG]`; the exit code is 0 done, 1 failed, 2 bad input, 130 Ctrl-C.
+
+    An error that is neither bad input nor one of `run.FAILURES` is a bug, and keeps its traceback.
+    """
     argv = sys.argv[1:] if argv is None else argv
     spec, overrides, arguments = settings.parse_arguments(argv, description)
     try:
         # Imported here: a typo in the configuration file need not wait for JAX.
         config_dict = settings.load_config(spec, overrides)
         from pmd_jax.config import RunConfig
-        from pmd_jax.run import train
+        from pmd_jax.run import FAILURES, prepare
 
         config = settings.build(RunConfig, config_dict)
         if arguments.name:
             config = dataclasses.replace(config, name=arguments.name)
-        outcome = train(config, arguments.resume)
-    except (ValueError, OSError) as error:
+        run = prepare(config, arguments.resume)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except KeyboardInterrupt:
+        return 130
+    try:
+        outcome = run.to_the_end()
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; what was saved can be continued with --resume", file=sys.stderr)
+        saved = run.checkpointer.latest
+        left = "nothing was saved yet" if saved is None else f"--resume continues at step {saved}"
+        print(f"stopped; {left}", file=sys.stderr)
         return 130
     return 130 if outcome.interrupted else 0

@@ -59,8 +59,8 @@ def make_endpoint(
 
     A chat whose last message is the assistant's is sent as it is. Whether the server continues that
     message or starts a new one is the server's choice, so a caller must be able to read both.
-    An empty reply is the text ""; a reply in another shape, and every failure, is a RuntimeError of
-    one line.
+    An empty reply is the text ""; a reply in another shape, and every failure, is an EndpointError
+    of one line.
     """
     url = _checked_url(url)
     headers = {"Content-Type": "application/json"}
@@ -80,6 +80,10 @@ def make_endpoint(
             return list(pool.map(ask, prompts))
 
     return generate
+
+
+class EndpointError(RuntimeError):
+    """A server that refuses, keeps silent, or replies in another shape."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -104,7 +108,7 @@ def _send(request: urllib.request.Request, url: str, timeout_seconds: float, ret
         except urllib.error.HTTPError as error:
             problem = f"status {error.code}: {_message(error)}"
             if error.code != 429 and error.code < 500:
-                raise RuntimeError(
+                raise EndpointError(
                     f"{url}: refused the request ({problem}); check the URL, the model's name "
                     "and the API key"
                 ) from None
@@ -112,7 +116,7 @@ def _send(request: urllib.request.Request, url: str, timeout_seconds: float, ret
             problem = f"no answer within {timeout_seconds:g} s"
         except (OSError, http.client.HTTPException) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
-    raise RuntimeError(
+    raise EndpointError(
         f"{url}: no reply after {retries + 1} attempts ({problem}); "
         "check that the server runs, or raise timeout_seconds or retries"
     )
@@ -137,7 +141,7 @@ def _content(url: str, reply: bytes) -> str:
     try:
         return json.loads(reply)["choices"][0]["message"]["content"] or ""
     except (ValueError, KeyError, IndexError, TypeError):
-        raise RuntimeError(
+        raise EndpointError(
             f"{url}: the reply must be a chat completion with choices[0].message.content; "
             f"got {reply[:200]!r}; check that the URL is an OpenAI-compatible endpoint"
         ) from None

@@ -22,6 +22,7 @@ from typing import Any
 from pmd_jax import settings
 from pmd_jax.checkpoint import Checkpointer
 from pmd_jax.config import RunConfig
+from pmd_jax.endpoint import EndpointError
 from pmd_jax.evaluate import Evaluation, evaluate
 from pmd_jax.ordering import problem_order
 from pmd_jax.policy.families import read_config
@@ -33,7 +34,15 @@ from pmd_jax.tasks.task import Task, load_task
 from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
 from pmd_jax.trainer import NotFinite, StepResult, Trainer, check_fit
 
-MAY_CHANGE = ("steps", "evaluation", "checkpoint", "engine", "samples_per_step", "output")
+MAY_CHANGE = (
+    "steps",
+    "optimizer",
+    "evaluation",
+    "checkpoint",
+    "engine",
+    "samples_per_step",
+    "output",
+)
 """What a resumed run may set anew; all else must be as it was."""
 
 
@@ -70,16 +79,31 @@ class Interrupts:
         self._note("stopping after this step; Ctrl-C again stops at once, without saving")
 
 
-def train(config: RunConfig, resume: bool = False) -> Outcome:
-    """Runs `config` to its end, or until Ctrl-C.
+class NothingLearned(RuntimeError):
+    """The run came to its end, and not one of its rollouts carried loss."""
 
-    Raises ValueError for what is wrong with configuration, files or checkpoint, NotFinite for a
-    loss that is not a number, RuntimeError when no rollout ever carried loss.
+
+FAILURES = (NotFinite, NothingLearned, EndpointError, OSError)
+"""How a run may fail that was well prepared: the world's fault or the settings', and no bug."""
+
+
+def train(config: RunConfig, resume: bool = False) -> Outcome:
+    """Runs `config` to its end, or until Ctrl-C: `prepare`, then `Run.to_the_end`."""
+    return prepare(config, resume).to_the_end()
+
+
+def prepare(config: RunConfig, resume: bool = False) -> Run:
+    """Everything before the first rollout. What is wrong with the input is found here.
+
+    Raises ValueError for what is wrong with configuration, files or checkpoint, RuntimeError where
+    a model could not be fetched, each on one line.
     """
     folder = Path(config.output) / config.name
-    writer = RunWriter(folder)
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
-    try:
+    with contextlib.ExitStack() as stack:
+        writer = RunWriter(folder)
+        stack.callback(writer.close)
+        checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+        stack.callback(checkpointer.close)
         _check_folder(folder, config, checkpointer.latest, resume)
         task = load_task(config.task)
         problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
@@ -90,10 +114,7 @@ def train(config: RunConfig, resume: bool = False) -> Outcome:
             trainer.adopt(restored)
         writer.rewind(trainer.step_number)
         writer.write_config(settings.to_dict(config))
-        return _Loop(config, trainer, task, writer, checkpointer).run()
-    finally:
-        writer.close()
-        checkpointer.close()
+        return Run(config, trainer, task, writer, checkpointer, stack.pop_all())
 
 
 def _load(config: RunConfig, task: Task) -> Policy:
@@ -131,8 +152,8 @@ def _check_folder(folder: Path, config: RunConfig, latest: int | None, resume: b
         )
 
 
-class _Loop:
-    """The outer loop around `Trainer.step`."""
+class Run:
+    """The outer loop around `Trainer.step`. Made by `prepare`; `closing` closes its files."""
 
     def __init__(
         self,
@@ -141,14 +162,20 @@ class _Loop:
         task: Task,
         writer: RunWriter,
         checkpointer: Checkpointer,
+        closing: contextlib.ExitStack,
     ):
         self.config, self.trainer, self.task = config, trainer, task
-        self.writer, self.checkpointer = writer, checkpointer
+        self.writer, self.checkpointer, self._closing = writer, checkpointer, closing
         self.began = time.monotonic()
         self.evaluations: list[EvaluationRow] = []
         self.last: Evaluation | None = None
 
-    def run(self) -> Outcome:
+    def to_the_end(self) -> Outcome:
+        """Raises one of FAILURES, on one line, when the run comes to nothing."""
+        with self._closing:
+            return self._run()
+
+    def _run(self) -> Outcome:
         config, trainer = self.config, self.trainer
         with Progress(config.steps, trainer.step_number) as progress:
             interrupts = Interrupts(progress.note)
@@ -167,7 +194,7 @@ class _Loop:
             self.evaluate("after", progress)
         self.summarise()
         if not trainer.totals["rollouts_with_loss"]:
-            raise RuntimeError(
+            raise NothingLearned(
                 f"run {self.writer.folder}: no rollout carried loss, so nothing was learned; see "
                 f"metrics.jsonl (accuracy, well_formed) and try config.task.format_shots=2, "
                 f"config.task.verifier=lenient or more rollouts per problem"

@@ -137,6 +137,7 @@ def check_fit(
             f"positions; got {config.teacher.max_prompt_tokens}"
         )
     problems = [p for split in task.splits.values() for p in split]
+    tokenizer.render_chat(task.student_messages(problems[0]))  # a template that takes such turns
     check_budget(problems, task.student_messages, tokenizer, config.teacher)
 
 

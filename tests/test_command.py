@@ -10,6 +10,7 @@ from toys import write_model_folder
 from experiments.command import main
 from pmd_jax import settings
 from pmd_jax.config import RunConfig
+from pmd_jax.trainer import NotFinite
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -93,3 +94,23 @@ def test_help_and_a_typo_answer_without_loading_jax():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(NotFinite("step 3: the loss is nan"), 1), (ValueError("a bug"), None)]
+)
+def test_a_failed_run_is_one_line_and_a_bug_keeps_its_traceback(
+    tmp_path, capsys, monkeypatch, error, code
+):
+    def fails(self):
+        raise error
+
+    monkeypatch.setattr("pmd_jax.run.Run.to_the_end", fails)
+    model = write_model_folder(tmp_path / "toy")
+    given = [f"--config.output={tmp_path}/runs", f"--config.model.path={model}", WHOLE]
+    if code is None:
+        with pytest.raises(ValueError, match="a bug"):
+            run(*given)
+    else:
+        assert run(*given) == code
+        assert capsys.readouterr().err == f"error: {error}\n"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pmd_jax import endpoint
-from pmd_jax.endpoint import make_endpoint, parse_writer
+from pmd_jax.endpoint import EndpointError, make_endpoint, parse_writer
 
 Script = Callable[[int, dict], tuple[int, object]]
 
@@ -132,7 +132,7 @@ def test_a_passing_failure_is_tried_again(server: Server, status: int):
 def test_the_last_attempt_names_the_failure(server: Server):
     server.script = lambda number, body: (500, {"error": {"message": "out of\nmemory"}})
     with pytest.raises(
-        RuntimeError, match=r"no reply after 2 attempts \(status 500: out of memory\)"
+        EndpointError, match=r"no reply after 2 attempts \(status 500: out of memory\)"
     ):
         make_endpoint(server.url, "m", retries=1)([chat("a")])
     assert len(server.bodies) == 2
@@ -143,7 +143,7 @@ def test_waits_double(server: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(endpoint, "BACKOFF_SECONDS", 8.0)
     monkeypatch.setattr(endpoint.time, "sleep", waits.append)
     server.script = lambda number, body: (500, "")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(EndpointError):
         make_endpoint(server.url, "m", retries=4)([chat("a")])
     assert waits == [8, 16, 30, 30]
 
@@ -151,7 +151,7 @@ def test_waits_double(server: Server, monkeypatch: pytest.MonkeyPatch):
 def test_a_refused_key_fails_at_once_and_is_not_printed(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.script = lambda number, body: (401, {"error": {"message": "Incorrect API key"}})
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(EndpointError) as caught:
         make_endpoint(server.url, "m")([chat("a")])
     assert "refused the request (status 401: Incorrect API key)" in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -160,7 +160,7 @@ def test_a_refused_key_fails_at_once_and_is_not_printed(server, monkeypatch):
 
 def test_a_redirect_is_not_followed(server: Server):
     server.script = lambda number, body: (302, "")
-    with pytest.raises(RuntimeError, match="status 302"):
+    with pytest.raises(EndpointError, match="status 302"):
         make_endpoint(server.url, "m")([chat("a")])
     assert server.paths == ["/v1/chat/completions"]
 
@@ -168,7 +168,7 @@ def test_a_redirect_is_not_followed(server: Server):
 def test_silence_ends_after_the_timeout(server: Server):
     waiting = threading.Event()
     server.script = lambda number, body: (200, reply(str(waiting.wait(5))))
-    with pytest.raises(RuntimeError, match=r"after 2 attempts \(no answer within 0\.1 s\)"):
+    with pytest.raises(EndpointError, match=r"after 2 attempts \(no answer within 0\.1 s\)"):
         make_endpoint(server.url, "m", timeout_seconds=0.1, retries=1)([chat("a")])
     waiting.set()
     assert len(server.bodies) == 2
@@ -177,7 +177,7 @@ def test_silence_ends_after_the_timeout(server: Server):
 def test_a_server_that_is_not_there_is_one_line(server: Server):
     server.http.server_close()
     with pytest.raises(
-        RuntimeError, match=r"no reply after 2 attempts .*refused.*check that the server"
+        EndpointError, match=r"no reply after 2 attempts .*refused.*check that the server"
     ):
         make_endpoint(server.url, "m", retries=1)([chat("a")])
 
@@ -187,5 +187,5 @@ def test_an_empty_reply_is_empty_and_another_shape_an_error(server: Server):
     assert make_endpoint(server.url, "m")([chat("a")]) == [""]
     for other in ({"choices": []}, ["x"], "<html>"):
         server.script = lambda number, body, other=other: (200, other)
-        with pytest.raises(RuntimeError, match="must be a chat completion"):
+        with pytest.raises(EndpointError, match="must be a chat completion"):
             make_endpoint(server.url, "m")([chat("a")])

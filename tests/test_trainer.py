@@ -24,7 +24,7 @@ from pmd_jax.policy.policy import load_policy
 from pmd_jax.policy.sharding import MeshConfig
 from pmd_jax.records import Verdict
 from pmd_jax.rollout import RolloutConfig, attempt
-from pmd_jax.run import train
+from pmd_jax.run import NothingLearned, train
 from pmd_jax.tasks.task import TaskConfig, load_task
 from pmd_jax.telemetry import Progress
 
@@ -269,7 +269,7 @@ def test_a_loss_that_is_nan_stops_with_its_batch_and_leaves_the_checkpoint(model
 def test_a_run_without_any_loss_is_a_failure_and_says_so(model, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "reflect", lambda *_: {})
     teacher = TeacherConfig(sources=("insights",), max_prompt_tokens=3000)
-    with pytest.raises(RuntimeError, match="no rollout carried loss"):
+    with pytest.raises(NothingLearned, match="no rollout carried loss"):
         run(model, tmp_path, teacher=teacher, steps=1)
 
 
@@ -329,6 +329,9 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(model, tmp_path):
         train(dataclasses.replace(config, seed=1), resume=True)
     with pytest.raises(ValueError, match="has no checkpoint to resume"):
         train(dataclasses.replace(config, name="other"), resume=True)
+    # What a loss that is NaN advises: a lower learning rate, from the last checkpoint.
+    lower = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-6), steps=2)
+    assert train(lower, resume=True).steps == 2
 
 
 @pytest.mark.parametrize(
