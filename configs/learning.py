@@ -1,7 +1,8 @@
-"""Does the policy learn? SmolLM2-135M on scicalc with one worked example, an hour on a CPU.
+"""Does the policy learn? SmolLM2-135M on scicalc with one worked example, a quarter of an hour.
 
 With one example in its prompt the model knows the answer format two times out of three. Evaluation
-samples at temperature 1, where that shows. experiments/README.md has the result.
+samples at temperature 1, where that shows. Eight steps: the format is learned by then, and from
+there on reverse KL narrows the policy to one letter. experiments/README.md has the results.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ def get_config() -> ConfigDict:
     config = change(
         base,
         name="learning",
-        steps=30,
-        task=change(base.task, format_shots=1, num_train=64, num_test=128),
+        steps=8,
+        task=change(base.task, format_shots=1, num_train=64, num_test=256),
         rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=16),
         reflection=change(base.reflection, clusters=8, behaviors_every=4),
         optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=5),
         evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0),
-        checkpoint=CheckpointConfig(every=10, keep=1),
+        checkpoint=CheckpointConfig(every=4, keep=1),
     )
     return to_config_dict(config)

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toys import CONFIG, F32, eight_devices, full_logprobs, params_on, toy_groups, toy_params
+from toys import (
+    CONFIG,
+    F32,
+    VARIANTS,
+    eight_devices,
+    full_logprobs,
+    params_on,
+    toy_groups,
+    toy_params,
+)
 
 from pmd_jax.distill.batch import DistillBatch, build_batch
 from pmd_jax.policy import model
@@ -38,22 +47,24 @@ def test_right_padding_and_later_tokens_change_nothing():
     )
 
 
-def test_eight_devices_give_the_logits_of_one():
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.family)
+def test_eight_devices_give_the_logits_of_one(config):
     mesh = eight_devices()
-    tokens = jnp.arange(64).reshape(8, 8)
-    one = model.causal_hidden(toy_params(), tokens, CONFIG, F32)
+    tokens = jnp.arange(96).reshape(8, 12)
+    one = model.causal_hidden(toy_params(0, config), tokens, config, F32)
     with jax.set_mesh(mesh):
         eight = jax.jit(model.causal_hidden, static_argnums=(2, 3))(
-            params_on(mesh), tokens, CONFIG, F32
+            params_on(mesh, 0, config), tokens, config, F32
         )
     np.testing.assert_allclose(eight, one, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.family)
 @pytest.mark.parametrize("own_teacher", [False, True])
-def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher):
+def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher, config):
     """Prompts shared by a group, packed and padded: the same numbers as row by row."""
-    student = toy_params(0)
-    teacher = toy_params(1) if own_teacher else None
+    student = toy_params(0, config)
+    teacher = toy_params(1, config) if own_teacher else None
     groups = toy_groups(num_groups=3)
     batch = DistillBatch(*map(jnp.asarray, build_batch(groups)))
     hidden = jax.jit(model.dual_hidden, static_argnums=(8, 9))(
@@ -65,7 +76,7 @@ def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher
         batch.teacher_length,
         batch.prompt_of,
         batch.response,
-        CONFIG,
+        config,
         F32,
     )
     views = [(student, hidden[0]), (student if teacher is None else teacher, hidden[1])]
@@ -74,7 +85,7 @@ def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher
             prompts = [group.student_prompt, group.teacher_prompts[g]]
             for prompt, (params, packed) in zip(prompts, views, strict=True):
                 row = [*prompt, *rollout.tokens]
-                expected = full_logprobs(params, row)[len(prompt) - 1 : len(row) - 1]
+                expected = full_logprobs(params, row, config)[len(prompt) - 1 : len(row) - 1]
                 head = model.head_of(params)
                 got = jax.nn.log_softmax(model.logits(head, packed[n, g, : len(rollout.tokens)]))
                 np.testing.assert_allclose(got, expected, atol=2e-5)

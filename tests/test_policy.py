@@ -174,21 +174,39 @@ def test_weights_cut_over_several_files_are_found(tmp_path, policy, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("changes", "message"),
     [
-        ('{"model_type": "mamba"}', "model_type must be one of llama; got 'mamba'"),
-        ('{"model_type": "llama"}', "lacks 'num_attention_heads'"),
-        ('{"model_type": "llama", "mlp_bias": true}', "uses mlp_bias"),
+        ({"model_type": "mamba"}, "must be one of gemma3_text, llama, olmo3, qwen3; got 'mamba'"),
+        ({"rms_norm_eps": ...}, "lacks 'rms_norm_eps', which a llama model needs"),
+        ({"mlp_bias": True}, "uses mlp_bias"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "uses rope type 'longrope'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "uses partial_rotary_factor 0.5"),
+        ({"hidden_act": "relu"}, "uses activation 'relu'"),
+        ({"quantization_config": {"bits": 4}}, "uses quantization_config"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "uses use_sliding_window"),
+        ({"model_type": "olmo3", "layer_types": ["linear"]}, "uses layer type 'linear'"),
+        ({"model_type": "olmo3", "layer_types": ["full_attention"]}, "must name each of 2 layers"),
+        ({"model_type": "olmo3"}, "sliding_window must be at least 1"),
         (
-            '{"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}',
-            "uses rope type 'yarn'",
+            {"model_type": "gemma3_text", "final_logit_softcapping": 30.0},
+            "uses final_logit_softcapping, which the gemma3 family",
         ),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple .* 4 and 3"),
     ],
 )
-def test_a_config_we_cannot_compute_is_refused_by_name(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
+def test_a_config_we_cannot_compute_is_refused_by_name(tmp_path, changes, message):
+    file = write_model_folder(tmp_path / "toy") / "config.json"
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
     with pytest.raises(ValueError, match=message):
-        read_config(tmp_path)
+        read_config(file.parent)
+
+
+def test_a_config_that_is_half_written_is_named(tmp_path):
+    file = write_model_folder(tmp_path / "toy") / "config.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(ValueError, match=r"config\.json: must be JSON"):
+        read_config(file.parent)
 
 
 def test_a_dtype_that_is_none_is_refused(folder):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import eight_devices, full_logprobs, make_sampler, params_on, toy_params
+from toys import VARIANTS, eight_devices, full_logprobs, make_sampler, params_on, toy_params
 
 from pmd_jax.policy.sampler import SamplingConfig, bucket
 from pmd_jax.policy.selection import truncate
@@ -54,12 +54,15 @@ def test_eight_devices_sample_what_one_does(reference):
     assert flat(other) == flat(reference)
 
 
-def test_logprobs_equal_those_of_a_full_forward_pass(reference):
-    for i, samples in reference.items():
-        for sample in samples:
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.family)
+def test_logprobs_equal_those_of_a_full_forward_pass(config):
+    """Rows refilled and rings wrapped many times, in prompts longer and shorter than a window."""
+    samples, _ = generate(config=config, max_rows=3, stop=())
+    for i, group in samples.items():
+        for sample in group:
             row = [*PROMPTS[i], *sample.tokens]
             at = np.arange(len(PROMPTS[i]), len(row))
-            expected = full_logprobs(toy_params(), row)[at - 1, sample.tokens]
+            expected = full_logprobs(toy_params(0, config), row, config)[at - 1, sample.tokens]
             np.testing.assert_allclose(sample.logprobs, expected, atol=2e-5)
 
 

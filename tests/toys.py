@@ -1,5 +1,6 @@
 """A toy policy and toy batches, small enough to check by eye and cut evenly over 8 devices."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.policy import model
 from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy.rope import Rope
 from pmd_jax.policy.sampler import EngineConfig, Sampler, rollout_weights
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
 from pmd_jax.policy.weights import hf_names, leaf_of
@@ -29,10 +31,34 @@ CONFIG = ModelConfig(
     head_dim=8,
     vocab_size=96,
     max_positions=256,
-    rope_theta=10_000.0,
+    rope=Rope(10_000.0),
     norm_eps=1e-5,
     tied_head=True,
 )
+GEMMA = dataclasses.replace(
+    CONFIG,
+    family="gemma3_text",
+    sliding=(True, False, True),
+    window=6,
+    sliding_rope=Rope(1_000.0),
+    norms="both",
+    norm_offset=1.0,
+    qk_norm="head",
+    activation="gelu_tanh",
+    embed_scale=32**0.5,
+    query_scale=0.3,
+)
+OLMO = dataclasses.replace(
+    CONFIG,
+    family="olmo3",
+    rope=Rope(10_000.0, "yarn", 4.0, original_positions=16, attention_factor=1.2),
+    sliding=(True, True, False),
+    window=9,
+    sliding_rope=Rope(10_000.0),
+    norms="after",
+    qk_norm="projection",
+)
+VARIANTS = (CONFIG, GEMMA, OLMO)  # every branch of model.block, window and rotary table
 F32 = jnp.dtype("float32")
 
 
@@ -127,7 +153,7 @@ TEXT_CONFIG = ModelConfig(
     head_dim=8,
     vocab_size=264,  # divides by 8; the tokenizer defines 259
     max_positions=4096,
-    rope_theta=10_000.0,
+    rope=Rope(10_000.0),
     norm_eps=1e-5,
     tied_head=True,
 )
@@ -157,18 +183,23 @@ def write_model_folder(folder: Path, config=TEXT_CONFIG, seed=0) -> Path:
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope.theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "eos_token_id": 258,
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(hf_config))
+    tensors = hf_tensors(toy_params(seed, config), config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Bytes as tokens 0 to 255 and three special ones, with a ChatML template."""
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 258]}))
     template = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(template))
-    tensors = hf_tensors(toy_params(seed, config), config)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, *SPECIAL])}
     tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -7,6 +7,7 @@ decode   sampling: one new token a row; the group's prompt cache is read once fo
 Axes: B rows, N groups, S prompts of a group, P prompt columns, G rollouts of a group, T response
 tokens, K key-value heads, R query heads for each of them, C ring columns, d head width. Scores and
 softmax are float32. Rows are right-padded, so causality alone keeps padding out of valid tokens.
+`window`: how many tokens a reader sees, itself included; None for all before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # finite: a row that sees nothing gets a uniform softmax, never NaN
+Window = Int[Array, ""] | int | None
 
 
 def _split_heads(q: Array, num_kv_heads: int) -> Array:
@@ -28,11 +30,20 @@ def _scores(equation: str, q: Array, k: Array) -> Array:
     return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * scale
 
 
+def _causal_mask(tokens: int, window: Window) -> Bool[Array, "T T"]:
+    """[reader, read] within one row."""
+    behind = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+    return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+
+
 def causal(
-    q: Float[Array, "B T H d"], k: Float[Array, "B T K d"], v: Float[Array, "B T K d"]
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T K d"],
+    v: Float[Array, "B T K d"],
+    window: Window = None,
 ) -> Float[Array, "B T H d"]:
     """Each token sees itself and what stands before it in its row."""
-    mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
+    mask = _causal_mask(q.shape[1], window)
     scores = _scores("btkrd,bskd->bkrts", _split_heads(q, k.shape[2]), k)
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED)).astype(v.dtype)
     return jnp.einsum("bkrts,bskd->btkrd", weights, v).reshape(q.shape)
@@ -46,6 +57,7 @@ def grouped(
     rollouts: int,
     prompt_len: Int[Array, "N S"],
     prompt_of: Int[Array, "N G"],
+    window: Window = None,
 ) -> Float[Array, "N tokens H d"]:
     """Groups of S prompts and G responses laid out as S*P prompt tokens, then G*T response tokens.
 
@@ -64,7 +76,7 @@ def grouped(
 
     (prompt_q, own_q), (prompt_k, own_k), (prompt_v, own_v) = rows(q), rows(k), rows(v)
     flat = [x.reshape(-1, *x.shape[2:]) for x in (prompt_q, prompt_k, prompt_v)]
-    ahead = causal(*flat).reshape(n, prompts, -1, width)
+    ahead = causal(*flat, window).reshape(n, prompts, -1, width)
 
     own_q = _split_heads(own_q, heads)
     if num_prompts == 1:  # every response of the group reads the same prompt
@@ -74,12 +86,15 @@ def grouped(
         gathered = [jnp.take_along_axis(x, index, axis=1) for x in (prompt_k, prompt_v)]
         read, shared = "ngpkd", (gathered[0], gathered[1])
     seen = jnp.take_along_axis(prompt_len, prompt_of, axis=1)  # [N, G]
-    prompt_mask = jnp.arange(length) < seen[..., None]
-    own_mask = jnp.tril(jnp.ones((response, response), bool))
+    prompt_mask = (jnp.arange(length) < seen[..., None])[:, :, None]  # [N, G, 1 or T, P]
+    if window is not None:
+        reader = seen[..., None] + jnp.arange(response)  # positions of the response's tokens
+        prompt_mask &= reader[..., None] - jnp.arange(length) < window
+    own_mask = _causal_mask(response, window)
     scores = jnp.concatenate(
         [
             jnp.where(
-                prompt_mask[:, :, None, None, None],
+                prompt_mask[:, :, None, None],
                 _scores(f"ngtkrd,{read}->ngkrtp", own_q, shared[0]),
                 MASKED,
             ),
@@ -98,10 +113,14 @@ def decode(
     prompt: tuple[Float[Array, "N K P d"], Float[Array, "N K P d"]],
     ring: tuple[Float[Array, "N G K C d"], Float[Array, "N G K C d"]],
     prompt_len: Int[Array, " N"],
-    ring_mask: Bool[Array, "N G C"],
+    ring_age: Int[Array, " C"],
+    count: Int[Array, "N G"],
+    window: Window = None,
 ) -> Float[Array, "N G H d"]:
     """One new token a row. All queries of a group meet the prompt's keys in one product.
 
+    ring_age: how many steps ago each column was written, 0 for the one of this step. count: tokens
+    of each row in the ring, so the reader's position is prompt_len + count - 1.
     Both parts are joined by one float32 maximum and one sum (never differentiated).
     """
     (prompt_k, prompt_v), (ring_k, ring_v) = prompt, ring
@@ -109,8 +128,16 @@ def decode(
     heads, columns = prompt_k.shape[1], ring_k.shape[3]
     own_q = _split_heads(q, heads)
     wide = own_q.transpose(0, 2, 1, 3, 4).reshape(n, heads, -1, width)  # [N, K, G*R, d]
-    prompt_mask = jnp.arange(prompt_k.shape[2]) < prompt_len[:, None]
-    a = jnp.where(prompt_mask[:, None, None], _scores("nkmd,nkpd->nkmp", wide, prompt_k), MASKED)
+    positions = jnp.arange(prompt_k.shape[2])
+    prompt_mask = (positions < prompt_len[:, None])[:, None]  # [N, 1 or G*R, P]
+    visible = count
+    if window is not None:
+        reader = prompt_len[:, None] + count - 1  # [N, G]
+        near = reader[..., None] - positions < window
+        prompt_mask &= jnp.repeat(near, own_q.shape[3], axis=1)
+        visible = jnp.minimum(count, window)
+    ring_mask = ring_age < visible[..., None]
+    a = jnp.where(prompt_mask[:, None], _scores("nkmd,nkpd->nkmp", wide, prompt_k), MASKED)
     b = _scores("ngkrd,ngkcd->nkgrc", own_q, ring_k)
     b = jnp.where(ring_mask[:, None, :, None], b, MASKED).reshape(n, heads, -1, columns)
     top = jnp.maximum(a.max(-1), b.max(-1))[..., None]

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.sharding import named
@@ -91,11 +91,9 @@ def insert_prompts(
     }
 
 
-def ring_mask(rows: State, clock: Array) -> Bool[Array, "N G C"]:
-    """Which ring columns each row may read, the one being written included."""
-    columns = rows["out"].shape[-1]
-    age = (clock % columns - jnp.arange(columns)) % columns
-    return age < rows["count"][..., None]
+def ring_age(columns: int, clock: Array) -> Int[Array, " C"]:
+    """How many steps ago each of the ring's columns was written, the current one being 0."""
+    return (clock % columns - jnp.arange(columns)) % columns
 
 
 def write_ring(ring: tuple[Array, Array], k: Array, v: Array, clock: Array) -> tuple[Array, Array]:

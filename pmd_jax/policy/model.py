@@ -19,7 +19,8 @@ angles and logits are float32. Left out: dropout, biases, mixture of experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,19 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pmd_jax.policy import attention
+from pmd_jax.policy.attention import Window
 from pmd_jax.policy.families import ModelConfig, Weight, weight_table
+from pmd_jax.policy.rope import rotary, rotate
 from pmd_jax.policy.sharding import constrain, named, spec
 
 Params = dict[str, Any]
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Attend = Callable[[Array, Array, Array, Window], tuple[Array, Any]]
 Remat = Literal["full", "context", "none"]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+EVERYTHING = 1 << 30  # a window that no row reaches
 
 
 class Decoder(nnx.Module):
@@ -51,7 +56,7 @@ class Decoder(nnx.Module):
         for weight in weight_table(config):
             shape, axes = stacked_shape(weight, config), stacked_axes(weight)
             if len(weight.shape) == 1:
-                value = jnp.ones(shape, dtype)
+                value = jnp.full(shape, 1 - config.norm_offset, dtype)
             else:
                 value = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
             param = nnx.Param(value, out_sharding=tuple(spec(*axes)))
@@ -121,69 +126,106 @@ def logits(head: Float[Array, "V D"], hidden: Float[Array, "... D"]) -> Float[Ar
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
+    """x / rms(x) times (scale + the family's offset), in float32."""
     wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+    return (wide * (scale.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
 
 
-def rotary(positions: Int[Array, "... T"], config: ModelConfig) -> tuple[Array, Array]:
-    """Float32 cosine and sine of each position's angles, [..., T, 1, d/2] each."""
-    half = jnp.arange(config.head_dim // 2, dtype=jnp.float32)
-    frequency = config.rope_theta ** (-2.0 * half / config.head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angles), jnp.sin(angles)
+class Turns(NamedTuple):
+    """Cosines and sines of some positions: for full layers, and for sliding ones if there are."""
+
+    full: tuple[Array, Array]
+    sliding: tuple[Array, Array] | None
+
+    @classmethod
+    def of(cls, positions: Int[Array, "... T"], config: ModelConfig) -> Turns:
+        full = rotary(positions, config.rope, config.head_dim)
+        if not any(config.sliding):
+            return cls(full, None)
+        rope = config.sliding_rope or config.rope
+        return cls(full, full if rope == config.rope else rotary(positions, rope, config.head_dim))
+
+    def on(self, slides: Any, config: ModelConfig) -> tuple[tuple[Array, Array], Window]:
+        """What one layer reads with: its cosines and sines, and its window.
+
+        slides: None where no layer does, a bool in unrolled layers, a traced one in a scan.
+        """
+        if slides is None or slides is False or self.sliding is None:
+            return self.full, None
+        if slides is True:
+            return self.sliding, config.window
+        cos, sin = (jnp.where(slides, a, b) for a, b in zip(self.sliding, self.full, strict=True))
+        return (cos, sin), jnp.where(slides, config.window, EVERYTHING)
 
 
-def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
-    """Half-split rotary positions, as Hugging Face stores q and k for."""
-    cos, sin = cos_sin
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def sliding_of(config: ModelConfig) -> Bool[Array, " L"] | None:
+    """Per layer, for scans: whether it slides. None where none does, which costs nothing."""
+    return jnp.asarray(config.sliding) if any(config.sliding) else None
 
 
 def block(
-    layer: Params, h: Array, cos_sin: tuple[Array, Array], attend: Attend, config: ModelConfig
+    layer: Params,
+    h: Array,
+    turns: Turns,
+    slides: Any,
+    attend: Attend,
+    config: ModelConfig,
 ) -> tuple[Array, Any]:
-    """One layer on h [..., T, D]. attend(q, k, v) -> (context like q, anything to hand on)."""
+    """One layer on h [..., T, D]. attend(q, k, v, window) -> (context like q, anything to hand on).
+
+    Norms stand where the family has them: `attn_norm` and `mlp_norm` before, `*_out_norm` after.
+    """
     layer = jax.tree.map(lambda w: w.astype(h.dtype), layer)
+
+    def norm(x: Array, name: str) -> Array:
+        return rms_norm(x, layer[name], config) if name in layer else x
 
     def heads(x: Array, name: str) -> Array:
         projected = x @ layer[name]
-        return projected.reshape(*projected.shape[:-1], -1, config.head_dim)
+        whole = config.qk_norm == "projection"
+        projected = norm(projected, f"{name}_norm") if whole else projected
+        split = projected.reshape(*projected.shape[:-1], -1, config.head_dim)
+        return split if whole else norm(split, f"{name}_norm")
 
-    x = rms_norm(h, layer["attn_norm"], config.norm_eps)
+    cos_sin, window = turns.on(slides, config)
+    x = norm(h, "attn_norm")
     q, k, v = (heads(x, name) for name in "qkv")
-    context, handed = attend(rotate(q, cos_sin), rotate(k, cos_sin), v)
+    q = rotate(q, cos_sin)
+    if config.query_scale is not None:  # attention itself scales by 1 / sqrt(d)
+        q = q * jnp.asarray(config.query_scale * config.head_dim**0.5, q.dtype)
+    context, handed = attend(q, rotate(k, cos_sin), v, window)
     context = checkpoint_name(context, "context")
-    h = h + context.reshape(*h.shape[:-1], -1) @ layer["o"]
-    x = rms_norm(h, layer["mlp_norm"], config.norm_eps)
-    return h + (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"], handed
+    h = h + norm(context.reshape(*h.shape[:-1], -1) @ layer["o"], "attn_out_norm")
+    x = norm(h, "mlp_norm")
+    inner = ACTIVATIONS[config.activation](x @ layer["gate"]) * (x @ layer["up"])
+    return h + norm(inner @ layer["down"], "mlp_out_norm"), handed
 
 
-def embed(params: Params, tokens: Array, dtype: Any) -> Array:
-    return params["embed"][tokens].astype(dtype)
+def embed(params: Params, tokens: Array, config: ModelConfig, dtype: Any) -> Array:
+    h = params["embed"][tokens].astype(dtype)
+    return h if config.embed_scale == 1 else h * jnp.asarray(config.embed_scale, dtype)
 
 
 def final_norm(params: Params, h: Array, config: ModelConfig) -> Array:
-    return rms_norm(h, params["final_norm"], config.norm_eps)
+    return rms_norm(h, params["final_norm"], config)
 
 
 def causal_hidden(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig, dtype: Any
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm; right padding does not reach what stands before it."""
-    cos_sin = rotary(jnp.arange(tokens.shape[1]), config)
+    turns = Turns.of(jnp.arange(tokens.shape[1]), config)
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return attention.causal(q, k, v), None
+    def attend(q: Array, k: Array, v: Array, window: Window) -> tuple[Array, None]:
+        return attention.causal(q, k, v, window), None
 
-    def body(h: Array, layer: Params) -> tuple[Array, None]:
-        return block(layer, h, cos_sin, attend, config)
+    def body(h: Array, xs: Any) -> tuple[Array, None]:
+        return block(xs[0], h, turns, xs[1], attend, config)
 
-    h = constrain(embed(params, tokens, dtype), "batch", None, None)
-    h, _ = lax.scan(body, h, params["layers"])
+    h = constrain(embed(params, tokens, config, dtype), "batch", None, None)
+    h, _ = lax.scan(body, h, (params["layers"], sliding_of(config)))
     return final_norm(params, h, config)
 
 
@@ -195,15 +237,16 @@ def prefill(
     dtype: Any,
 ) -> tuple[Float[Array, "N D"], tuple[Float[Array, "L N K P d"], Float[Array, "L N K P d"]]]:
     """The last valid hidden state of each right-padded prompt, and the cache of all layers."""
-    cos_sin = rotary(jnp.arange(tokens.shape[1]), config)
+    turns = Turns.of(jnp.arange(tokens.shape[1]), config)
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        return attention.causal(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def attend(q: Array, k: Array, v: Array, window: Window) -> tuple[Array, Any]:
+        return attention.causal(q, k, v, window), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    def body(h: Array, layer: Params) -> tuple[Array, Any]:
-        return block(layer, h, cos_sin, attend, config)
+    def body(h: Array, xs: Any) -> tuple[Array, Any]:
+        return block(xs[0], h, turns, xs[1], attend, config)
 
-    h, cache = lax.scan(body, embed(params, tokens, dtype), params["layers"])
+    h = embed(params, tokens, config, dtype)
+    h, cache = lax.scan(body, h, (params["layers"], sliding_of(config)))
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return final_norm(params, last, config), cache
 
@@ -218,16 +261,23 @@ def decode_hidden(
     dtype: Any,
 ) -> tuple[Float[Array, "N G D"], list[Any]]:
     """One new token a row through unrolled layers; returns what each layer's attend handed on."""
-    cos_sin = rotary(positions, config)
-    h, handed = embed(params, tokens, dtype), []
-    for layer, attend in zip(layers, attends, strict=True):
-        h, new = block(layer, h, cos_sin, attend, config)
+    turns = Turns.of(positions, config)
+    h, handed = embed(params, tokens, config, dtype), []
+    slides = config.sliding or (False,) * config.num_layers
+    for layer, attend, slide in zip(layers, attends, slides, strict=True):
+        h, new = block(layer, h, turns, slide, attend, config)
         handed.append(new)
     return final_norm(params, h, config), handed
 
 
 def _grouped_inputs(
-    params: Params, prompts: Array, lengths: Array, prompt_of: Array, response: Array, dtype: Any
+    params: Params,
+    prompts: Array,
+    lengths: Array,
+    prompt_of: Array,
+    response: Array,
+    config: ModelConfig,
+    dtype: Any,
 ) -> tuple[Array, Array]:
     """Embedded tokens [N, S*P + G*T, D] and their positions, prompts first."""
     n, length = prompts.shape[0], prompts.shape[-1]
@@ -235,7 +285,7 @@ def _grouped_inputs(
     ahead = jnp.broadcast_to(jnp.arange(length), prompts.shape).reshape(n, -1)
     behind = (start + jnp.arange(response.shape[-1])).reshape(n, -1)
     tokens = jnp.concatenate([prompts.reshape(n, -1), response.reshape(n, -1)], axis=1)
-    hidden = constrain(embed(params, tokens, dtype), "batch", None, None)
+    hidden = constrain(embed(params, tokens, config, dtype), "batch", None, None)
     return hidden, jnp.concatenate([ahead, behind], axis=1)
 
 
@@ -285,30 +335,30 @@ def dual_hidden(
     )
     sides = []
     for params, prompts, lengths, index in views:
-        h, positions = _grouped_inputs(params, prompts, lengths, index, response, dtype)
+        h, positions = _grouped_inputs(params, prompts, lengths, index, response, config, dtype)
 
-        def attend(q, k, v, prompts=prompts, lengths=lengths, index=index):
-            num_prompt_tokens = prompts.shape[1] * prompts.shape[2]
-            out = attention.grouped(q, k, v, num_prompt_tokens, response.shape[1], lengths, index)
-            return out, None
+        def attend(q, k, v, window, prompts=prompts, lengths=lengths, index=index):
+            sizes = prompts.shape[1] * prompts.shape[2], response.shape[1]
+            return attention.grouped(q, k, v, *sizes, lengths, index, window), None
 
-        sides.append((h, rotary(positions, config), attend))
+        sides.append((h, Turns.of(positions, config), attend))
     (h_student, turn_student, attend_student), (h_teacher, turn_teacher, attend_teacher) = sides
 
-    def student_block(layer: Params, h: Array) -> Array:
-        return block(layer, h, turn_student, attend_student, config)[0]
+    def student_block(layer: Params, h: Array, slides: Any) -> Array:
+        return block(layer, h, turn_student, slides, attend_student, config)[0]
 
     student_block = jax.checkpoint(student_block, policy=REMAT_POLICIES[remat])
 
-    def body(carry: tuple[Array, Array], layers: Any) -> tuple[tuple[Array, Array], None]:
+    def body(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], None]:
         h_student, h_teacher = carry
-        layer, teacher_layer = layers if isinstance(layers, tuple) else (layers, layers)
-        teacher_layer = lax.stop_gradient(teacher_layer)
-        h_teacher = block(teacher_layer, h_teacher, turn_teacher, attend_teacher, config)[0]
-        return (student_block(layer, h_student), lax.stop_gradient(h_teacher)), None
+        layer, own, slides = xs
+        own = lax.stop_gradient(layer if own is None else own)
+        h_teacher = block(own, h_teacher, turn_teacher, slides, attend_teacher, config)[0]
+        return (student_block(layer, h_student, slides), lax.stop_gradient(h_teacher)), None
 
-    layers = student["layers"] if teacher is None else (student["layers"], frozen["layers"])
-    final, _ = lax.scan(body, (h_student, h_teacher), layers)
+    own = None if teacher is None else frozen["layers"]
+    xs = (student["layers"], own, sliding_of(config))
+    final, _ = lax.scan(body, (h_student, h_teacher), xs)
     predicting = [
         final_norm(
             params, _before_each_response_token(h, prompts, lengths, index, response), config

@@ -192,17 +192,18 @@ def _decode(top, layers, state, sampling, stop_tokens, config, dtype, chunk, cut
     def step(carry):
         i, state = carry
         rows, clock = state["rows"], state["clock"]
-        mask = cache.ring_mask(rows, clock)
+        age, lengths = cache.ring_age(rows["out"].shape[-1], clock), state["prompt_len"]
 
         def attend_in(prompt, ring):
-            def attend(q, k, v):
+            def attend(q, k, v, window):
                 new = cache.write_ring(ring, k, v, clock)
-                return attention.decode(q, prompt, new, state["prompt_len"], mask), new
+                out = attention.decode(q, prompt, new, lengths, age, rows["count"], window)
+                return out, new
 
             return attend
 
         attends = [attend_in(*pair) for pair in zip(state["prompt"], state["ring"], strict=True)]
-        positions = state["prompt_len"][:, None] + rows["count"] - 1
+        positions = lengths[:, None] + rows["count"] - 1
         hidden, ring = model.decode_hidden(
             top, layers, rows["newest"], positions, attends, config, dtype
         )
