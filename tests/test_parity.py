@@ -187,3 +187,21 @@ def test_greedy_sampling_writes_what_transformers_writes(case, tmp_path):
             with torch.no_grad():
                 assert theirs(row).logits[0, -1].argmax() == token
             row = torch.cat([row, torch.tensor([[int(token)]])], dim=1)
+
+
+def test_embeddings_are_those_of_transformers(tmp_path):
+    """Last token, normalised; saved without head and prefix, as Qwen3-Embedding is."""
+    import torch
+    from toys import write_tokenizer
+
+    from pmd_jax.policy.embedder import Embedder
+
+    theirs = hf_model("qwen3", vocab_size=264).model
+    theirs.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    embedder = Embedder.load(tmp_path / "hf")
+    texts = ["Which gas law relates pressure and volume?", "pH", "behavior: check the unit"]
+    for text, row in zip(texts, embedder.embed(texts), strict=True):
+        with torch.no_grad():
+            last = theirs(torch.tensor([embedder.tokens(text)])).last_hidden_state[0, -1]
+        np.testing.assert_allclose(row, (last / last.norm()).numpy(), atol=1e-5)

@@ -12,15 +12,15 @@ from toys import (
     TEXT_CONFIG,
     eight_devices,
     full_logprobs,
-    hf_tensors,
     toy_params,
+    toy_tensors,
     write_model_folder,
 )
 
 from pmd_jax import load_policy
 from pmd_jax.policy import model
 from pmd_jax.policy.families import read_config, weight_table
-from pmd_jax.policy.weights import load_params
+from pmd_jax.policy.weights import INDEX, load_params
 
 CHAT = [{"role": "user", "content": "What is a mole?"}]
 
@@ -133,7 +133,7 @@ def test_new_weights_are_used_at_once(folder):
 
 def broken(folder, change):
     """A copy of the toy's tensors after `change`, saved in place."""
-    tensors = hf_tensors(toy_params(0, TEXT_CONFIG), TEXT_CONFIG)
+    tensors = toy_tensors(TEXT_CONFIG)
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
 
@@ -146,6 +146,10 @@ def broken(folder, change):
         (
             lambda t: t.update({"model.norm.weight": np.ones(31, np.float32)}),
             r"model.norm.weight must have shape \(32,\) by config.json; got \(31,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)}),
+            "model.norm.weight must be one of F32, BF16, F16; got I8",
         ),
     ],
 )
@@ -171,6 +175,53 @@ def test_weights_cut_over_several_files_are_found(tmp_path, policy, monkeypatch)
     assert len(list((tmp_path / "cut").glob("model-*-of-*.safetensors"))) > 2
     params = load_params(tmp_path / "cut", policy.config, policy.mesh, np.dtype("float32"))
     jax.tree.map(np.testing.assert_array_equal, params, policy.params)
+
+
+@pytest.mark.parametrize("kept", [5, 200, -3])
+def test_a_truncated_file_is_named_before_anything_is_read(tmp_path, kept):
+    folder = write_model_folder(tmp_path / "toy")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*fetch it again"):
+        load_policy(folder, dtype="float32")
+
+
+def test_an_absent_shard_is_named(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr("pmd_jax.policy.weights.SHARD_BYTES", 20_000)
+    policy.save_hf(tmp_path / "cut", dtype="float32")
+    second = sorted((tmp_path / "cut").glob("model-*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(ValueError, match=f"lacks {second.name}, which {INDEX} names"):
+        load_policy(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json: damaged"):
+        load_policy(tmp_path / "cut")
+
+
+def test_a_save_that_fails_leaves_nothing(policy, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pmd_jax.policy.weights.copy_model_files", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        policy.save_hf(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_saved_without_its_head_lacks_a_prefix(tmp_path):
+    """As embedding models are: "layers.0.…" where a policy has "model.layers.0.…"."""
+    folder = write_model_folder(tmp_path / "toy")
+    bare = {name.removeprefix("model."): t for name, t in toy_tensors(TEXT_CONFIG).items()}
+    save_file(bare, folder / "model.safetensors")
+    loaded = load_policy(folder, dtype="float32").params
+    jax.tree.map(np.testing.assert_array_equal, loaded, toy_params(0, TEXT_CONFIG))
+
+
+@pytest.mark.parametrize("piece", [1, 3000])
+def test_reading_in_pieces_changes_nothing(folder, monkeypatch, piece):
+    monkeypatch.setattr("pmd_jax.policy.weights.PIECE_BYTES", piece)
+    loaded = load_policy(folder, dtype="float32", mesh=eight_devices())
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, toy_params(0, TEXT_CONFIG))
 
 
 @pytest.mark.parametrize(

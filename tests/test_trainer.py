@@ -329,6 +329,8 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(model, tmp_path):
         train(dataclasses.replace(config, seed=1), resume=True)
     with pytest.raises(ValueError, match="has no checkpoint to resume"):
         train(dataclasses.replace(config, name="other"), resume=True)
+    with pytest.raises(ValueError, match=r"must be new, empty, or a run's own; .*config\.json"):
+        train(dataclasses.replace(config, output=str(model.parent)))
     # What a loss that is NaN advises: a lower learning rate, from the last checkpoint.
     lower = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-6), steps=2)
     assert train(lower, resume=True).steps == 2

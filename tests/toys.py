@@ -18,7 +18,7 @@ from pmd_jax.policy.families import ModelConfig, weight_table
 from pmd_jax.policy.rope import Rope
 from pmd_jax.policy.sampler import EngineConfig, Sampler, rollout_weights
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
-from pmd_jax.policy.weights import hf_names, leaf_of
+from pmd_jax.policy.weights import hf_names, hf_tensors
 from pmd_jax.records import Rollout
 
 CONFIG = ModelConfig(
@@ -159,22 +159,19 @@ TEXT_CONFIG = ModelConfig(
 )
 
 
-def hf_tensors(params, config):
-    """Our tree as the tensors of a Hugging Face file."""
-    tensors = {}
-    for weight in weight_table(config):
-        leaf = np.asarray(leaf_of(params, weight))
-        layers = leaf if weight.stacked else leaf[None]
-        for name, value in zip(hf_names(weight, config), layers, strict=True):
-            tensors[name] = np.ascontiguousarray(value.T if weight.transposed else value)
-    return tensors
+def toy_tensors(config, seed=0):
+    """A toy's weights as the tensors of a Hugging Face file."""
+    table = weight_table(config)
+    names = [name for weight in table for name in hf_names(weight, config)]
+    values = hf_tensors(toy_params(seed, config), table, config, np.float32)
+    return dict(zip(names, values, strict=True))
 
 
 def write_model_folder(folder: Path, config=TEXT_CONFIG, seed=0) -> Path:
     """A model whose tokens are bytes, with a ChatML template."""
     folder.mkdir(parents=True)
     hf_config = {
-        "model_type": "llama",
+        "model_type": config.family,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -190,7 +187,7 @@ def write_model_folder(folder: Path, config=TEXT_CONFIG, seed=0) -> Path:
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(hf_config))
-    tensors = hf_tensors(toy_params(seed, config), config)
+    tensors = toy_tensors(config, seed)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return write_tokenizer(folder)
 

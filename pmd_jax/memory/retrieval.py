@@ -116,7 +116,7 @@ class Retriever:
     """Behaviors for problems, with every text embedded once.
 
     query_prefix: put before questions when they look for behaviors, where the embedding model was
-        trained with an instruction (Qwen3-Embedding: "Instruct: ...\\nQuery: ").
+        trained with an instruction (Qwen3-Embedding).
     """
 
     def __init__(self, embed: Embed, query_prefix: str = "") -> None:

