@@ -14,11 +14,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.policy import model
-from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.rope import Rope
 from pmd_jax.policy.sampler import EngineConfig, Sampler, rollout_weights
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
-from pmd_jax.policy.weights import hf_names, hf_tensors
+from pmd_jax.policy.weights import hf_pieces
 from pmd_jax.records import Rollout
 
 CONFIG = ModelConfig(
@@ -161,10 +161,10 @@ TEXT_CONFIG = ModelConfig(
 
 def toy_tensors(config, seed=0):
     """A toy's weights as the tensors of a Hugging Face file."""
-    table = weight_table(config)
-    names = [name for weight in table for name in hf_names(weight, config)]
-    values = hf_tensors(toy_params(seed, config), table, config, np.float32)
-    return dict(zip(names, values, strict=True))
+    tensors: dict[str, np.ndarray] = {}
+    for name, rows in hf_pieces(toy_params(seed, config), config, np.float32):
+        tensors[name] = np.concatenate([tensors[name], rows]) if name in tensors else rows
+    return tensors
 
 
 def write_model_folder(folder: Path, config=TEXT_CONFIG, seed=0) -> Path:

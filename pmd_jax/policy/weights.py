@@ -12,12 +12,14 @@ Left out: quantised files (hub.py converts those that need it), other formats th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +205,36 @@ def leaf_of(params: Params, weight: Weight) -> jax.Array:
     return node
 
 
-def hf_tensors(
-    params: Params, table: Sequence[Weight], config: ModelConfig, kind: Any
-) -> Iterator[np.ndarray]:
-    """The tensors of these weights as a file holds them, one in memory at a time."""
-    for weight in table:
-        leaf = leaf_of(params, weight)
-        for layer in range(config.num_layers) if weight.stacked else [...]:
-            value = np.asarray(jax.device_get(leaf[layer]))
-            yield np.ascontiguousarray((value.T if weight.transposed else value).astype(kind))
+@partial(jax.jit, static_argnames="count")
+def _rows(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, count)
+
+
+def _on_host(leaf: jax.Array, start: int, stop: int) -> np.ndarray:
+    """leaf[start:stop], taken shard by shard, so that no device holds more than its own."""
+    out = np.empty((stop - start, *leaf.shape[1:]), leaf.dtype)
+    for shard in leaf.addressable_shards:
+        first, last, _ = shard.index[0].indices(leaf.shape[0])
+        low, high = max(first, start), min(last, stop)
+        if shard.replica_id == 0 and low < high:
+            rows = _rows(shard.data, np.int32(low - first), high - low)
+            out[(slice(low - start, high - start), *shard.index[1:])] = np.asarray(rows)
+    return out
+
+
+def hf_pieces(params: Params, config: ModelConfig, kind: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, rows) of every tensor as a file holds it: a layer, or some rows of a large table."""
+    for weight in weight_table(config):
+        leaf, names = leaf_of(params, weight), hf_names(weight, config)
+        if weight.stacked:
+            for layer, name in enumerate(names):
+                [value] = _on_host(leaf, layer, layer + 1).astype(kind, copy=False)
+                yield name, np.ascontiguousarray(value.T if weight.transposed else value)
+            continue
+        rows = max(1, PIECE_BYTES // (leaf.nbytes // len(leaf)))
+        for start in range(0, len(leaf), rows):
+            stop = min(start + rows, len(leaf))
+            yield names[0], _on_host(leaf, start, stop).astype(kind, copy=False)
 
 
 def save_params(
@@ -254,31 +277,32 @@ def _save_weights(
     folder: Path, params: Params, config: ModelConfig, dtype: str, progress: Count | None
 ) -> None:
     kind, code = KINDS[dtype]
-    table = weight_table(config)
-    tensors = [(name, w) for w in table for name in hf_names(w, config)]
+    tensors = [(name, w) for w in weight_table(config) for name in hf_names(w, config)]
     shapes = {name: w.shape[::-1] if w.transposed else w.shape for name, w in tensors}
     size = {name: math.prod(shape) * np.dtype(kind).itemsize for name, shape in shapes.items()}
     files: list[list[str]] = [[]]
+    used = 0
     for name in shapes:
-        if files[-1] and sum(size[n] for n in files[-1]) + size[name] > SHARD_BYTES:
+        if files[-1] and used + size[name] > SHARD_BYTES:
             files.append([])
+            used = 0
         files[-1].append(name)
+        used += size[name]
     paths = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     paths = paths if len(files) > 1 else ["model.safetensors"]
-    values, written = hf_tensors(params, table, config, kind), 0
-    for path, names in zip(paths, files, strict=True):
-        with (folder / path).open("wb") as file:
-            file.write(_header(names, shapes, size, code))
-            for _ in names:
-                file.write(next(values).view(np.uint8).data)
-                written += 1
-                if progress is not None:
-                    progress(written, len(shapes))
+    place = {name: path for path, names in zip(paths, files, strict=True) for name in names}
+    written = set()
+    with contextlib.ExitStack() as stack:
+        opened = {path: stack.enter_context((folder / path).open("wb")) for path in paths}
+        for path, names in zip(paths, files, strict=True):
+            opened[path].write(_header(names, shapes, size, code))
+        for name, rows in hf_pieces(params, config, kind):
+            opened[place[name]].write(rows.view(np.uint8).data)
+            written.add(name)
+            if progress is not None:
+                progress(len(written), len(shapes))
     if len(files) > 1:
-        weight_map = {
-            name: path for path, names in zip(paths, files, strict=True) for name in names
-        }
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": place}
         (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
