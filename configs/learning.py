@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.quickstart import config as quickstart
 from pmd_jax.checkpoint import CheckpointConfig
+from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import OptimizerConfig
 from pmd_jax.evaluate import EvaluationConfig
 from pmd_jax.rollout import RolloutConfig
@@ -27,6 +28,7 @@ def get_config() -> ConfigDict:
         task=change(base.task, format_shots=1, num_train=64, num_test=256),
         rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=16),
         reflection=change(base.reflection, clusters=8, behaviors_every=4),
+        distill=DistillConfig(bucket_tokens=128),
         optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=5),
         evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0),
         checkpoint=CheckpointConfig(every=4, keep=1),

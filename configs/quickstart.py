@@ -53,7 +53,7 @@ def config() -> RunConfig:
             insight_tokens=128,
             behavior_tokens=96,
         ),
-        distill=DistillConfig(bucket_tokens=128),
+        distill=DistillConfig(bucket_tokens=128, chunk_tokens=128),  # logits in 0.1 GiB
         optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=2),
         evaluation=EvaluationConfig(num_problems=32, num_samples=4),
         checkpoint=CheckpointConfig(every=0, keep=1),

@@ -25,6 +25,7 @@ from pmd_jax.config import RunConfig
 from pmd_jax.endpoint import EndpointError
 from pmd_jax.evaluate import Evaluation, evaluate
 from pmd_jax.ordering import problem_order
+from pmd_jax.policy.bar import progress_bar
 from pmd_jax.policy.families import read_config
 from pmd_jax.policy.policy import Policy, find_model, load_policy
 from pmd_jax.policy.saved import CHECKPOINTS, MODEL, copy_model_files
@@ -124,9 +125,9 @@ def _load(config: RunConfig, task: Task) -> Policy:
     mesh = make_mesh(config.mesh)
     files = find_model(config.model.path).files
     check_fit(config, task, Tokenizer.load(files), read_config(files), batch_shards(mesh))
-    return load_policy(
-        config.model.path, config.model.dtype, mesh, param_dtype="float32", engine=config.engine
-    )
+    path, dtype = config.model.path, config.model.dtype
+    with progress_bar(f"reading {path}") as progress:
+        return load_policy(path, dtype, mesh, "float32", config.engine, progress)
 
 
 def _check_own(folder: Path) -> None:
