@@ -30,7 +30,7 @@ from pmd_jax.distill.batch import (
     padding_fraction,
     place,
 )
-from pmd_jax.distill.objectives import response_mask
+from pmd_jax.distill.objectives import check_micro_batch, response_mask
 from pmd_jax.distill.update import (
     StepReport,
     TrainState,
@@ -123,12 +123,7 @@ def check_fit(
 
     shards: parts that the mesh cuts a batch into. Raises ValueError, on one line.
     """
-    micro = config.distill.micro_batch
-    if micro % shards:
-        raise ValueError(
-            f"config.distill.micro_batch: must be a multiple of the {shards} parts that the "
-            f"mesh cuts a batch into (data x fsdp), or 0; got {micro}"
-        )
+    check_micro_batch(config.distill, shards)
     longest = config.teacher.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > model.max_positions:
         raise ValueError(

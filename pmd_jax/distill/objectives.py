@@ -54,6 +54,15 @@ class DistillConfig:
                 raise ValueError(f"{name}: must be at least 1; got {getattr(self, name)}")
 
 
+def check_micro_batch(config: DistillConfig, shards: int) -> None:
+    """Raises ValueError, on one line, where the mesh cannot cut a micro-batch into its parts."""
+    if config.micro_batch % shards:
+        raise ValueError(
+            f"config.distill.micro_batch: must be a multiple of the {shards} parts that the mesh "
+            f"cuts a batch into (data x fsdp), or 0; got {config.micro_batch}"
+        )
+
+
 def response_mask(batch: DistillBatch) -> Float[Array, "N G T"]:
     """1 for every response token, its end-of-turn token included."""
     return (jnp.arange(batch.response.shape[-1]) < batch.response_length[..., None]) * 1.0

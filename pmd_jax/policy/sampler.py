@@ -131,6 +131,16 @@ def bucket(length: int, step: int) -> int:
     return -(-length // unit) * unit
 
 
+def slots(prompts: int, samples: int, max_rows: int, shards: int) -> tuple[int, int]:
+    """(groups, rows of each) that hold at most about `max_rows` responses at once.
+
+    samples: the most that a prompt wants. The groups are cut evenly over `shards` devices.
+    """
+    rows = min(samples, max_rows)
+    groups = min(1 << (prompts - 1).bit_length(), max(max_rows // rows, 1))
+    return -(-groups // shards) * shards, rows
+
+
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
 def _insert(params, state, slots, tokens, lengths, config: ModelConfig, dtype):
     hidden, kv = model.prefill(params, tokens, lengths, config, dtype)
@@ -288,11 +298,8 @@ class _Run:
     def __init__(self, sampler, weights, prompts, limits, ids, sampling, stop_tokens, seed):
         engine, self.sampler, self.weights = sampler.engine, sampler, weights
         self.prompts, self.limits, self.ids, self.seed = prompts, limits, ids, seed
-        self.num_rows = min(max(len(limit) for limit in limits), engine.max_rows)
-        fit = max(engine.max_rows // self.num_rows, 1)
-        groups = min(1 << (len(prompts) - 1).bit_length(), fit)
-        shards = batch_shards(sampler.mesh)
-        self.num_groups = -(-groups // shards) * shards
+        samples, shards = max(len(limit) for limit in limits), batch_shards(sampler.mesh)
+        self.num_groups, self.num_rows = slots(len(prompts), samples, engine.max_rows, shards)
         self.prompt_columns = bucket(max(map(len, prompts)), 64)
         longest = max(max(limit) for limit in limits)
         self.state = cache.empty_state(

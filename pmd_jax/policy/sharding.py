@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pmd_jax.policy.families import ModelConfig
@@ -36,22 +36,28 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all by default). Raises ValueError when the sizes do not fit."""
-    devices = list(jax.devices()) if devices is None else devices
-    config = config or MeshConfig()
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Devices along each mesh axis. Raises ValueError when the sizes do not fit."""
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise ValueError(f"mesh: sizes must be positive, one of them may be -1; got {sizes}")
     rest = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
-    if math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(num_devices // rest, 1)
+    if math.prod(sizes) != num_devices:
         raise ValueError(
-            f"mesh: data x fsdp x tensor must equal the number of devices, {len(devices)}; "
+            f"mesh: data x fsdp x tensor must equal the number of devices, {num_devices}; "
             f"got {' x '.join(map(str, sizes))}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
+
+
+def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all by default). Raises ValueError when the sizes do not fit."""
+    devices = list(jax.devices()) if devices is None else devices
+    sizes = mesh_sizes(config or MeshConfig(), len(devices))
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def single_device_mesh() -> Mesh:
@@ -74,12 +80,12 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the batch axis is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_divides(config: ModelConfig, mesh: Mesh) -> None:
+def check_divides(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError, with the sizes that would work, when the model cannot be cut evenly."""
     cuts = {
         "tensor": {

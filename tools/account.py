@@ -1,0 +1,449 @@
+"""The bytes that one device holds while a run samples and while it trains: tools/plan.py's account.
+
+Counted: what the library's own code allocates, from the shapes that it allocates: weights,
+moments, EMA, the sampler's copy and its cache, the batch, what JAX keeps for the backward pass.
+Estimated: what XLA makes of the rest; tests/test_plan.py says how well.
+
+Left out: evaluation, reflection and a second model that writes behaviors, with prompts and lengths
+of their own; buffers of collectives; the framework's own share of a device's memory, so leave a
+tenth free.
+
+Axes as in model.py: N groups, S teacher prompts, P and Q prompt columns, G rollouts, T response
+tokens, D width, V vocabulary, L layers, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import errors
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from pmd_jax.config import RunConfig
+from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
+from pmd_jax.distill.objectives import check_micro_batch, chunk_length
+from pmd_jax.distill.update import TrainState, make_optimizer
+from pmd_jax.policy import cache
+from pmd_jax.policy.families import ModelConfig, read_config, weight_table
+from pmd_jax.policy.hub import resolve_model
+from pmd_jax.policy.model import Params, dual_hidden, stacked_axes, stacked_shape, tree_of
+from pmd_jax.policy.sampler import MAX_PREFILL, bucket, slots
+from pmd_jax.policy.sharding import (
+    MESH_AXES,
+    MeshConfig,
+    batch_shards,
+    check_divides,
+    mesh_sizes,
+    single_device_mesh,
+    spec,
+)
+from pmd_jax.records import Rollout
+
+F32 = jnp.dtype("float32")
+
+
+# --- what is planned ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The settings of a run, its model's numbers, a mesh without devices and assumed lengths."""
+
+    config: RunConfig
+    model: ModelConfig
+    mesh: AbstractMesh
+    prompt_tokens: int = 1024
+    teacher_tokens: int = 0
+    response_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_divides(self.model, self.mesh)
+        defaults = {
+            "teacher_tokens": self.config.teacher.max_prompt_tokens,
+            "response_tokens": self.config.rollout.max_new_tokens,
+        }
+        for name, value in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        for name in ("prompt_tokens", *defaults):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag}: must be at least 1; got {getattr(self, name)}")
+        check_micro_batch(self.config.distill, self.shards)
+        if self.response_tokens > self.config.rollout.max_new_tokens:
+            raise ValueError(
+                f"--response-tokens: must be at most rollout.max_new_tokens, "
+                f"{self.config.rollout.max_new_tokens}; got {self.response_tokens}"
+            )
+        longest = max(self.prompt_tokens, self.teacher_tokens) + self.response_tokens
+        if longest > self.model.max_positions:
+            raise ValueError(
+                f"--prompt-tokens and --teacher-tokens: with a response must fit the model's "
+                f"{self.model.max_positions} positions; got {longest}; shorten one of them"
+            )
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.config.model.dtype)
+
+    @property
+    def shards(self) -> int:
+        return batch_shards(self.mesh)
+
+    @property
+    def ema(self) -> bool:
+        return self.config.distill.teacher == "ema"
+
+    @property
+    def groups(self) -> int:
+        """Of a step, those included that pad it to the mesh."""
+        return -(-self.config.rollout.problems_per_step // self.shards) * self.shards
+
+    @property
+    def micro_groups(self) -> int:
+        """Of one micro-batch, on all devices."""
+        return self.config.distill.micro_batch or self.groups
+
+    @property
+    def slice(self) -> ModelConfig:
+        """The model as one device computes it: its share of heads, MLP and vocabulary."""
+        ways, model = self.mesh.shape["tensor"], self.model
+        return dataclasses.replace(
+            model,
+            num_heads=model.num_heads // ways,
+            num_kv_heads=model.num_kv_heads // ways,
+            mlp_width=model.mlp_width // ways,
+            vocab_size=model.vocab_size // ways,
+        )
+
+    @property
+    def teacher_prompts(self) -> int:
+        """The most different teacher prompts that a group can have (memory/teacher.py)."""
+        config, rollouts = self.config, self.config.rollout.rollouts_per_problem
+        if "feedback" in config.teacher.sources and config.task.feedback:
+            return rollouts
+        return min(2 if "sibling" in config.teacher.sources else 1, rollouts)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """P, S, Q, G, T of its groups."""
+        one = self.group
+        return one.student_prompt.shape[2], *one.teacher_prompt.shape[1:], *one.response.shape[1:]
+
+    @functools.cached_property
+    def group(self) -> DistillBatch:
+        """One group, padded as the run would pad it."""
+        prompts = [(i, *[0] * (self.teacher_tokens - 1)) for i in range(self.teacher_prompts)]
+        response = np.zeros(self.response_tokens)
+        rollouts = [
+            Rollout("", 0, g, "", response.astype(np.int32), response.astype(np.float32), "length")
+            for g in range(self.config.rollout.rollouts_per_problem)
+        ]
+        teachers = [prompts[g % len(prompts)] for g in range(len(rollouts))]
+        group = DistillGroup([0] * self.prompt_tokens, teachers, [True] * len(rollouts), rollouts)
+        return build_batch([group], bucket_tokens=self.config.distill.bucket_tokens)
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh that `make_mesh` would give on `num_devices`, without them."""
+    return AbstractMesh(mesh_sizes(config, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def read_model(path: str) -> ModelConfig:
+    """The model's numbers. Of a hub id config.json is fetched, and nothing else.
+
+    Raises ValueError or RuntimeError, on one line, for a model that is missing or unknown.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).exists():
+        return read_config(resolve_model(path))
+    huggingface_hub.logging.set_verbosity_error()  # it tells of each of its retries, twice
+    try:
+        file = huggingface_hub.hf_hub_download(path, "config.json")
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise RuntimeError(
+            f"{path}: its config.json could not be fetched from the hub ({said}); check the id and "
+            f"the network, or set model.path to a folder that holds the file"
+        ) from None
+    return read_config(Path(file).parent)
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of an account. exact: counted; else estimated."""
+
+    name: str
+    bytes: int
+    exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What one device holds at the fullest moment of a phase, which `moment` names."""
+
+    moment: str
+    lines: tuple[Line, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(line.bytes for line in self.lines)
+
+
+def num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def held_params(model: ModelConfig, mesh: AbstractMesh, dtype: Any) -> Params:
+    """The shards of the parameters that one device holds, as shapes."""
+    return tree_of(
+        {
+            weight.path: jax.ShapeDtypeStruct(
+                NamedSharding(mesh, spec(*stacked_axes(weight))).shard_shape(
+                    stacked_shape(weight, model)
+                ),
+                dtype,
+            )
+            for weight in weight_table(model)
+        }
+    )
+
+
+def held_state(work: Work) -> TrainState:
+    """What one device holds of the training state, as shapes (update.init_state)."""
+    optimizer = make_optimizer(work.config.optimizer, work.model)
+
+    def build(params: Params) -> TrainState:
+        teacher = params if work.ema else None
+        return TrainState(jnp.int32(0), params, teacher, optimizer.init(params))
+
+    return jax.eval_shape(build, held_params(work.model, work.mesh, F32))
+
+
+def held_copy(work: Work) -> list[Any]:
+    """What sampling adds to the weights, as shapes (sampler.rollout_weights)."""
+    params = held_params(work.model, work.mesh, work.dtype)
+    cast = [leaf for name, leaf in params.items() if name in ("embed", "head")]
+    return [params["layers"], *(cast if work.dtype != F32 else [])]
+
+
+def held_cache(work: Work, max_rows: int) -> Any:
+    """One device's part of the state of sampling, as shapes (cache.empty_state)."""
+    groups, rows = slots_of(work, max_rows)
+    longest = work.config.rollout.max_new_tokens
+    sizes = groups // work.shards, rows, bucket(work.prompt_tokens, 64), bucket(longest, 16)
+    return jax.eval_shape(
+        lambda: cache.empty_state(work.slice, *sizes, single_device_mesh(), work.dtype)
+    )
+
+
+def slots_of(work: Work, max_rows: int) -> tuple[int, int]:
+    """(groups, rows of each) in which the sampler puts the rollouts of a step."""
+    rollout = work.config.rollout
+    return slots(rollout.problems_per_step, rollout.rollouts_per_problem, max_rows, work.shards)
+
+
+def state_lines(work: Work) -> tuple[Line, ...]:
+    state = held_state(work)
+    lines = [
+        Line("weights, float32", num_bytes(state.params)),
+        Line("AdamW moments, float32", num_bytes((state.optimizer, state.step))),
+    ]
+    ema = [Line("EMA teacher, float32", num_bytes(state.teacher))] if work.ema else []
+    return (*lines, *ema)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What one forward pass is about: tokens, and the (reader, read) pairs of its attention.
+
+    Pairs of prompts and of responses exist one after the other.
+    """
+
+    tokens: int
+    prompt_pairs: int
+    response_pairs: int
+
+    @property
+    def pairs(self) -> int:
+        return self.prompt_pairs + self.response_pairs
+
+
+def sides(work: Work, groups: int) -> tuple[Side, Side]:
+    """Student and teacher of the fused forward over so many groups."""
+    p, s, q, g, t = work.sizes
+    n, response = groups, groups * g * t
+    student = Side(n * p + response, n * p * p, response * (p + t))
+    return student, Side(n * s * q + response, n * s * q * q, response * (q + t))
+
+
+# Arrays of one kind that XLA keeps at once, found by compiling (tests/test_plan.py).
+SCORES_FORWARD = 3
+SCORES_BACKWARD = 1  # beside those that the backward pass recomputes
+LOGITS_SAMPLED = 3
+LOGITS_DISTILLED = 6
+LOGITS_MIXED = 8  # with the mixture of jensen_shannon over the whole vocabulary
+
+
+def scores_bytes(work: Work, side: Side) -> int:
+    """One array of one layer's attention scores, which are float32."""
+    return 4 * work.slice.num_heads * max(side.prompt_pairs, side.response_pairs)
+
+
+def forward_bytes(work: Work, side: Side) -> int:
+    """The working set of one layer: float32 scores, or else the MLP's arrays."""
+    model, size = work.slice, work.dtype.itemsize
+    scores = SCORES_FORWARD * scores_bytes(work, side)
+    mlp, stream = 3 * side.tokens * model.mlp_width * size, 4 * side.tokens * model.width * size
+    return max(scores, mlp) + stream
+
+
+def cast_bytes(work: Work) -> int:
+    """All layers in the dtype of computation: XLA casts them before a scan, not inside."""
+    layers = held_params(work.model, work.mesh, work.dtype)["layers"]
+    return num_bytes(layers) if work.dtype != F32 else 0
+
+
+def gathered_bytes(work: Work, dtype: Any) -> int:
+    """One layer, whole but for its cut over `tensor`, where its parts lie on several devices."""
+    one = sum(math.prod(w.shape) for w in weight_table(work.slice) if w.stacked)
+    return one * dtype.itemsize if work.mesh.shape["fsdp"] > 1 else 0
+
+
+def sampling(work: Work, max_rows: int) -> Phase:
+    """The rollouts of a step: the state, the sampler's copy of the weights, and its cache.
+
+    Nothing cuts the prompts of a prefill; and fsdp cuts the width of decoding, not its rows.
+    """
+    groups, rows = slots_of(work, max_rows)
+    model, size, prompts = work.slice, work.dtype.itemsize, min(MAX_PREFILL, groups)
+    prompt, ring = bucket(work.prompt_tokens, 64), bucket(work.config.rollout.max_new_tokens, 16)
+    new = 2 * prompts * prompt * model.num_layers * model.num_kv_heads * model.head_dim * size
+    scores = groups // work.shards * rows * model.num_heads * (prompt + ring)
+    logits = groups // work.mesh.shape["data"] * rows * model.vocab_size
+    moments = {
+        "prefill": new
+        + cast_bytes(work)
+        + forward_bytes(work, Side(prompts * prompt, prompts * prompt**2, 0)),
+        "decoding": 4 * (SCORES_FORWARD * scores + LOGITS_SAMPLED * logits),
+    }
+    fullest = max(moments, key=lambda name: moments[name])
+    cached = num_bytes(held_cache(work, max_rows))
+    return Phase(
+        fullest,
+        (
+            *state_lines(work),
+            Line("the sampler's copy of the weights", num_bytes(held_copy(work))),
+            Line(f"key-value cache of {groups} x {rows} rows", cached),
+            Line(f"working set of {fullest}", moments[fullest], exact=False),
+        ),
+    )
+
+
+@functools.cache
+def kept_bytes(model: ModelConfig, sizes: tuple[int, ...], remat: Any, dtype: Any) -> int:
+    """What JAX keeps of one group for the student's backward pass through all layers.
+
+    sizes: P, S, Q, G, T. Asked of JAX: what two groups make it keep, less what one does.
+    """
+    p, s, q, g, t = sizes
+    params = tree_of(
+        {w.path: jax.ShapeDtypeStruct(stacked_shape(w, model), F32) for w in weight_table(model)}
+    )
+
+    def backward(params: Params, batch: Mapping[str, Any]) -> Any:
+        def student(params: Params) -> Any:
+            return dual_hidden(params, None, config=model, dtype=dtype, remat=remat, **batch)[0]
+
+        return jax.vjp(student, params)[1]
+
+    def kept(n: int) -> int:
+        shapes = {
+            "student_prompt": (n, 1, p),
+            "student_length": (n, 1),
+            "teacher_prompt": (n, s, q),
+            "teacher_length": (n, s),
+            "prompt_of": (n, g),
+            "response": (n, g, t),
+        }
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+        return num_bytes(jax.eval_shape(backward, params, batch))
+
+    return kept(2) - kept(1)
+
+
+def backward_bytes(work: Work, side: Side, groups: int) -> int:
+    """The working set of one layer's backward pass: what is recomputed, and cotangents."""
+    model, size = work.slice, work.dtype.itemsize
+    arrays = side.tokens * (2 * model.mlp_width + 4 * model.width) * size
+    cotangents = 4 * SCORES_BACKWARD * model.num_heads * side.pairs + arrays
+    if work.config.distill.remat == "none":
+        return cotangents
+    whole = groups * kept_bytes(model, work.sizes, "none", work.dtype)
+    return cotangents + whole // model.num_layers
+
+
+def logits_bytes(work: Work) -> int:
+    """The working set of one chunk of the divergence, and the hidden states that it reads."""
+    config, (*_, g, t) = work.config.distill, work.sizes
+    response = np.broadcast_to(np.int32(0), (work.micro_groups, g, t))
+    rows = work.micro_groups // work.shards * g
+    chunk = chunk_length(work.group._replace(response=response), config.chunk_tokens)
+    mixed = config.divergence.name == "jensen_shannon" and not config.divergence.top_k
+    copies = LOGITS_MIXED if mixed else LOGITS_DISTILLED
+    hidden = 3 * rows * t * work.model.width * work.dtype.itemsize
+    return 4 * copies * rows * chunk * work.slice.vocab_size + hidden
+
+
+def training(work: Work) -> Phase:
+    """The distillation step, at the fullest of its moments."""
+    n, fsdp = work.micro_groups // work.shards, work.mesh.shape["fsdp"]
+    student, teacher = sides(work, n)
+    params, copies = held_params(work.model, work.mesh, F32), 2 if work.ema else 1
+    kept = n * kept_bytes(work.slice, work.sizes, work.config.distill.remat, work.dtype)
+    head = work.slice.vocab_size * work.model.width
+    head_copies = head * work.dtype.itemsize if fsdp > 1 or work.dtype != F32 else 0
+    cast, gathered = cast_bytes(work), gathered_bytes(work, work.dtype)
+    # gradients, kept, weights in other forms, gradient of the output head, working set
+    moments = {
+        "the forward pass": (
+            0,
+            kept,
+            copies * (cast + gathered),
+            0,
+            max(forward_bytes(work, student), forward_bytes(work, teacher)),
+        ),
+        "the divergence": (0, kept, copies * head_copies, 4 * head, logits_bytes(work)),
+        "the backward pass": (
+            num_bytes(params["layers"]),
+            kept,
+            cast + gathered + gathered_bytes(work, F32),
+            4 * head // fsdp,
+            backward_bytes(work, student, n),
+        ),
+        "the update": (num_bytes(params), 0, 0, 0, 0),
+    }
+    fullest = max(moments, key=lambda name: sum(moments[name]))
+    gradients, kept, forms, of_head, working = moments[fullest]
+    summed = num_bytes(params) if work.groups > work.micro_groups else 0
+    lines = (
+        Line("batch", work.groups // work.shards * num_bytes(work.group)),
+        Line("gradients, summed over micro-batches", summed),
+        Line("gradients", gradients),
+        Line(f"kept for the backward pass, remat {work.config.distill.remat}", kept),
+        Line("weights cast or gathered", forms, exact=False),
+        Line("gradient of the output head", of_head, exact=False),
+        Line(f"working set of {fullest}", working, exact=False),
+    )
+    return Phase(fullest, (*state_lines(work), *(line for line in lines if line.bytes)))

@@ -1,0 +1,307 @@
+"""What a run needs, before a device is rented: bytes per device, what would fit, FLOPs of a step.
+
+    python -m tools.plan --config configs/sciknoweval.py:chemistry --devices 8 --memory 80 \\
+        --config.mesh.tensor=2
+
+--devices N           devices of the mesh that config.mesh describes (default 8)
+--memory GB           of one device, 10^9 bytes each (default 80); 16, 32, 80 and 95 are told too
+--prompt-tokens N     length of the student's prompts (default 1024)
+--teacher-tokens N    of the teacher's (default: teacher.max_prompt_tokens, the most there can be)
+--response-tokens N   of the responses distilled (default: rollout.max_new_tokens, likewise)
+--peak-tflops X       of one device: adds seconds, at --mfu of it (default 0.4)
+--json                one JSON object instead of tables
+
+Only config.json of the model is read; no weights, and no device but the CPU. The command line of a
+run works here as it is.
+
+Every line says whether its bytes are counted or estimated (account.py). All FLOPs are those of
+matrix products; attention counts masked scores too, since plain XLA computes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from pmd_jax import settings
+from pmd_jax.config import RunConfig
+from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy.model import stacked_shape
+from pmd_jax.policy.sampler import bucket
+from tools.account import (
+    Phase,
+    Work,
+    abstract_mesh,
+    read_model,
+    sampling,
+    scores_bytes,
+    sides,
+    training,
+)
+
+BUDGETS = (16, 32, 80, 95)  # GB of a device: v5e, v6e, H100, v5p
+
+
+# --- what fits ----------------------------------------------------------------------------------
+
+
+def with_micro_batch(work: Work, micro_batch: int) -> Work:
+    distill = dataclasses.replace(work.config.distill, micro_batch=micro_batch)
+    return dataclasses.replace(work, config=dataclasses.replace(work.config, distill=distill))
+
+
+def micro_batches(work: Work) -> dict[int, int]:
+    """{groups at once: bytes of the training phase} of each size that the run would accept.
+
+    All groups at once are always accepted, as micro_batch 0.
+    """
+    problems = work.config.rollout.problems_per_step
+    sizes = [m for m in range(1, problems + 1) if problems % m == 0 and m % work.shards == 0]
+    return {m or problems: training(with_micro_batch(work, m)).bytes for m in sizes or [0]}
+
+
+def row_counts(work: Work) -> dict[int, int]:
+    """{engine.max_rows: bytes of the sampling phase}, up to all rollouts of a step at once."""
+    rollout = work.config.rollout
+    rollouts, problems = rollout.rollouts_per_problem, rollout.problems_per_step
+    counts = [*range(1, rollouts), *(n * rollouts for n in range(1, problems + 1))]
+    return {rows: sampling(work, rows).bytes for rows in counts}
+
+
+def largest(sizes: Mapping[int, int], gigabytes: float) -> int | None:
+    return max((n for n, size in sizes.items() if size <= gigabytes * 1e9), default=None)
+
+
+# --- FLOPs --------------------------------------------------------------------------------------
+
+
+def flops(work: Work) -> dict[str, int]:
+    """Of one step on all devices, by part: two for each multiplication of a matrix product."""
+    model, config = work.model, work.config
+    *_, g, t = work.sizes
+    matrices = {
+        w.path[1]: math.prod(w.shape) for w in weight_table(model) if w.stacked and len(w.shape) > 1
+    }
+    per_token = 2 * model.num_layers * sum(matrices.values())
+    per_pair = 4 * model.num_layers * model.num_heads * model.head_dim  # q with k, then with v
+    per_logits = 2 * model.width * model.vocab_size
+    student, teacher = sides(work, work.groups)
+    own = per_token * student.tokens + per_pair * student.pairs
+    again = own
+    if model.norms == "before":  # nothing reads the layer's last product again
+        again -= 2 * model.num_layers * matrices["down"] * student.tokens
+    if config.distill.remat == "context":
+        again -= per_pair * student.pairs // 2
+    prompt, ring = bucket(work.prompt_tokens, 64), bucket(config.rollout.max_new_tokens, 16)
+    problems = config.rollout.problems_per_step
+    sampled = problems * g * work.response_tokens
+    return {
+        "rollout: prefill": problems * (per_token * prompt + per_pair * prompt * prompt),
+        "rollout: decode": sampled * (per_token + per_pair * (prompt + ring)),
+        "rollout: output head": sampled * per_logits,
+        "distill: student forward": own,
+        "distill: student backward": 2 * own,
+        "distill: student recomputed": 0 if config.distill.remat == "none" else again,
+        "distill: teacher forward": per_token * teacher.tokens + per_pair * teacher.pairs,
+        "distill: output head, both ways": 4 * per_logits * work.groups * g * t,
+    }
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this tool, and what is left of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--memory", type=float, default=80)
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--teacher-tokens", type=int, default=0)
+    parser.add_argument("--response-tokens", type=int, default=0)
+    parser.add_argument("--peak-tflops", type=float)
+    parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(argv)
+    for name in ("memory", "mfu", "peak_tflops"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: must be above 0; got {value}")
+    return options, rest
+
+
+def parameters(model: ModelConfig) -> dict[str, int]:
+    """How many there are: in layers and final norm, in the embedding, in a head of its own."""
+    of = {w.path[0]: 0 for w in weight_table(model)} | {"head": 0}
+    for weight in weight_table(model):
+        of[weight.path[0]] += math.prod(stacked_shape(weight, model))
+    return {"body": of["layers"] + of["final_norm"], "embedding": of["embed"], "head": of["head"]}
+
+
+def answer(work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    """All that is told, as JSON values."""
+    rollout, micro, rows = work.config.rollout, micro_batches(work), row_counts(work)
+
+    def phase(of: Phase) -> dict[str, Any]:
+        return {
+            "fullest_in": of.moment,
+            "bytes": of.bytes,
+            "lines": [dataclasses.asdict(line) for line in of.lines],
+        }
+
+    told: dict[str, Any] = {
+        "model": {"path": work.config.model.path, **dataclasses.asdict(work.model)},
+        "parameters": parameters(work.model),
+        "mesh": dict(work.mesh.shape),
+        "assumed": {
+            "prompt_tokens": work.prompt_tokens,
+            "teacher_tokens": work.teacher_tokens,
+            "response_tokens": work.response_tokens,
+            "teacher_prompts_per_group": work.teacher_prompts,
+        },
+        "problems_per_step": rollout.problems_per_step,
+        "rollouts_per_problem": rollout.rollouts_per_problem,
+        "memory_gigabytes": options.memory,
+        "attention_scores_bytes": max(
+            scores_bytes(work, side) for side in sides(work, work.micro_groups // work.shards)
+        ),
+        "sampling": phase(sampling(work, work.config.engine.max_rows)),
+        "training": phase(training(work)),
+        "fits": [
+            {
+                "gigabytes": gigabytes,
+                "max_rows": largest(rows, gigabytes),
+                "micro_batch": largest(micro, gigabytes),
+            }
+            for gigabytes in sorted({*BUDGETS, options.memory})
+        ],
+        "flops": flops(work),
+    }
+    if options.peak_tflops:
+        rate = options.peak_tflops * 1e12 * options.mfu * math.prod(work.mesh.shape.values())
+        told["seconds"] = {name: count / rate for name, count in told["flops"].items()}
+        told["seconds_assume"] = {"peak_tflops": options.peak_tflops, "mfu": options.mfu}
+    return told
+
+
+def show(told: Mapping[str, Any], console: Console) -> None:
+    """The answer as tables of at most 80 columns."""
+    model, assumed, sizes = told["model"], told["assumed"], told["parameters"]
+    head = f"{sizes['head'] / 1e9:.3f} head" if sizes["head"] else "the head is the embedding"
+    about = Table.grid(padding=(0, 2))
+    about.add_row("model", f"{model['path']} ({model['family']}), {model['num_layers']} layers")
+    about.add_row(
+        "parameters",
+        f"{sum(sizes.values()) / 1e9:.3f} billion: {sizes['body'] / 1e9:.3f} body, "
+        f"{sizes['embedding'] / 1e9:.3f} embedding, {head}",
+    )
+    about.add_row("mesh", " x ".join(f"{name} {size}" for name, size in told["mesh"].items()))
+    rollouts = f"{told['problems_per_step']} problems x {told['rollouts_per_problem']} rollouts"
+    about.add_row("a step", rollouts)
+    about.add_row(
+        "assumed",
+        f"student prompts of {assumed['prompt_tokens']:,} tokens, "
+        f"{assumed['teacher_prompts_per_group']} teacher prompts a group of "
+        f"{assumed['teacher_tokens']:,}, responses of {assumed['response_tokens']:,}",
+    )
+    scores = told["attention_scores_bytes"] / 1e9
+    about.add_row("attention", f"scores of one layer, once, in training: {scores:,.3f} GB a device")
+    console.print(about)
+    for name in ("sampling", "training"):
+        console.print(memory_table(name, told[name], told["memory_gigabytes"]))
+    console.print(fits_table(told))
+    console.print(flops_table(told))
+
+
+def memory_table(name: str, phase: Mapping[str, Any], gigabytes: float) -> Table:
+    fits = "fits" if phase["bytes"] <= gigabytes * 1e9 else "does not fit"
+    title = f"{name}: {fits} in {gigabytes:g} GB; fullest in {phase['fullest_in']}"
+    table = Table("one device holds", title=title, title_justify="left", show_footer=True)
+    table.columns[0].footer = "in all"
+    table.add_column("GB", f"{phase['bytes'] / 1e9:.3f}", justify="right")
+    table.add_column("how known")
+    for line in phase["lines"]:
+        known = "counted" if line["exact"] else "estimated"
+        table.add_row(line["name"], f"{line['bytes'] / 1e9:.3f}", known)
+    return table
+
+
+def fits_table(told: Mapping[str, Any]) -> Table:
+    problems = told["problems_per_step"]
+    rollouts = problems * told["rollouts_per_problem"]
+    table = Table(title="the largest that fits in a device's memory", title_justify="left")
+    for name in ("GB", "engine.max_rows", "distill.micro_batch"):
+        table.add_column(name, justify="right")
+    for row in told["fits"]:
+        counts = (row["max_rows"], rollouts), (row["micro_batch"], problems)
+        table.add_row(f"{row['gigabytes']:g}", *(share(n, most) for n, most in counts))
+    return table
+
+
+def share(n: int | None, most: int) -> str:
+    if n is None:
+        return "none"
+    return f"all {most:,}" if n == most else f"{n:,} of {most:,}"
+
+
+def flops_table(told: Mapping[str, Any]) -> Table:
+    """By part. Seconds are those of products alone: decoding waits for memory as well."""
+    counts, seconds = told["flops"], told.get("seconds")
+    total = sum(counts.values())
+    title = "matrix products of a step, all devices together"
+    if seconds:
+        stated = told["seconds_assume"]
+        title += f"; at {stated['mfu']:g} of {stated['peak_tflops']:g} TFLOP/s a device"
+    table = Table("part", title=title, title_justify="left", show_footer=True)
+    table.columns[0].footer = "in all"
+    table.add_column("TFLOPs", amount(total / 1e12), justify="right")
+    table.add_column("share", justify="right")
+    if seconds:
+        table.add_column("seconds", amount(sum(seconds.values())), justify="right")
+    for name, count in counts.items():
+        row = [name, amount(count / 1e12), f"{100 * count / total:.1f}%"]
+        table.add_row(*row, *([amount(seconds[name])] if seconds else []))
+    return table
+
+
+def amount(x: float) -> str:
+    """Three digits at least, and no exponent for what is large."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code is 0 answered, whatever the answer is, and 2 bad input, named on one line."""
+    jax.config.update("jax_platforms", "cpu")  # beside a run that holds the accelerator, too
+    try:
+        options, rest = read_options(sys.argv[1:] if argv is None else argv)
+        spec, overrides, _ = settings.parse_arguments(rest, __doc__ or "")
+        config = settings.build(RunConfig, settings.load_config(spec, overrides))
+        work = Work(
+            config,
+            read_model(config.model.path),
+            abstract_mesh(config.mesh, options.devices),
+            options.prompt_tokens,
+            options.teacher_tokens,
+            options.response_tokens,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    told = answer(work, options)
+    if options.json:
+        print(json.dumps(told, indent=1))
+    else:
+        show(told, Console(highlight=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
