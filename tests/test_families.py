@@ -150,3 +150,7 @@ def test_gemma_has_two_bases_and_a_tied_head_by_default(read):
     }
     newer = read(GEMMA3_270M | {"rope_parameters": nested})
     assert (newer.rope, newer.sliding_rope) == (Rope(2e6, "linear", 8.0), Rope(9e3))
+    with pytest.raises(ValueError, match="rope_parameters that are not given per layer type"):
+        read(GEMMA3_270M | {"rope_parameters": {"rope_type": "default", "rope_theta": 2e6}})
+    with pytest.raises(ValueError, match="must hold a JSON object; got list"):
+        read([])

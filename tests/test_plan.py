@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -335,7 +336,7 @@ def test_the_answer_as_json_adds_up(toy, capsys):
         (["--config.mesh.data=3"], "must equal the number of devices, 2; got 3 x 1 x 1"),
         (["--config.mesh.tensor=8", "--devices=8"], "sizes that work: 1, 2"),
         (["--config.distill.micro_batch=1"], "must be a multiple of the 2 parts"),
-        (["--config.model.path=Qwen/Qwen3-8B"], "config.json could not be fetched"),
+        (["--config.model.path=nobody/no-such-model"], "config.json could not be fetched"),
         (["--config.model.path=./none"], "must hold config.json"),
         (["--config.model.path=pypi:none"], "not a known package"),
         (["--config.optimizer.lerning_rate=1"], "did you mean learning_rate"),
@@ -350,6 +351,13 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, capsys, arguments, message):
     assert run(toy, *arguments) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_saved_policy_can_be_planned_with(toy, tmp_path, capsys):
+    """The layout of a run's folder, without the weights, which planning never reads."""
+    (tmp_path / "run" / "checkpoints" / "3" / "state").mkdir(parents=True)
+    shutil.copytree(toy, tmp_path / "run" / "model")
+    assert run(tmp_path / "run") == 0
 
 
 def test_an_unknown_family_is_named(toy, capsys):

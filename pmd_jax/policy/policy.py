@@ -180,6 +180,8 @@ def load_policy(
     tokenizer = Tokenizer.load(source.files)
     held = np.dtype(param_dtype or dtype)
     if source.saved is None:
+        if which != "params":
+            raise ValueError(f"which: must be params for a model without a run; got {which!r}")
         params = weights.load_params(source.files, config, mesh, held, progress)
     else:
         params = load_saved(source.saved, config, mesh, held, which)

@@ -51,7 +51,8 @@ def read_rope(entry: Mapping[str, Any], theta: float, max_positions: int) -> Rop
     """A `rope_scaling` or `rope_parameters` entry of config.json; {} is unscaled.
 
     theta, max_positions: what holds where the entry does not say.
-    Raises ValueError, without the file's name, for a kind or a field that is not implemented.
+    Raises ValueError, without the file's name, for a kind or a field that is not implemented, and
+    KeyError for a number that is missing.
     """
     kind = entry.get("rope_type", entry.get("type", "default"))
     if kind not in KNOWN:
@@ -62,12 +63,12 @@ def read_rope(entry: Mapping[str, Any], theta: float, max_positions: int) -> Rop
     if kind == "default":
         return Rope(theta)
     original = int(entry.get("original_max_position_embeddings") or max_positions)
-    factor = float(entry.get("factor") or max_positions / original)
     if kind == "linear":
-        return Rope(theta, "linear", factor)
+        return Rope(theta, "linear", float(entry["factor"]))
     if kind == "llama3":
         low, high = float(entry["low_freq_factor"]), float(entry["high_freq_factor"])
-        return Rope(theta, "llama3", factor, original, low, high)
+        return Rope(theta, "llama3", float(entry["factor"]), original, low, high)
+    factor = float(entry.get("factor") or max_positions / original)
     return Rope(
         theta,
         "yarn",

@@ -12,9 +12,11 @@ Left out: optimizer, bank and data position, which only a run can use.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from pmd_jax.policy.model import Params, abstract_params
 
 MODEL, CHECKPOINTS, STATE = "model", "checkpoints", "state"
 Which = Literal["params", "teacher"]
+OF_WEIGHTS = (".index.json", "_manifest.json")  # about the files of the weights as they came
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,11 @@ def find_saved(folder: Path) -> Saved | None:
     if (folder / STATE).is_dir() and folder.parent.name == CHECKPOINTS:
         run, state = folder.parent.parent, folder / STATE
     elif (folder / CHECKPOINTS).is_dir():
-        steps = [p for p in (folder / CHECKPOINTS).iterdir() if (p / STATE).is_dir()]
+        steps = [
+            step
+            for step in (folder / CHECKPOINTS).iterdir()
+            if step.name.isdigit() and (step / STATE).is_dir()
+        ]
         if not steps:
             raise ValueError(f"{folder}: holds no complete checkpoint; name a run that saved one")
         run, state = folder, max(steps, key=lambda p: int(p.name)) / STATE
@@ -72,8 +79,12 @@ def load_saved(
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
+    damaged = f"{saved.state}: damaged or incomplete; restore it from a copy, or name another step"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(saved.state).item_metadata.tree
+        metadata = checkpointer.metadata(saved.state.absolute()).item_metadata
+        if metadata is None:
+            raise ValueError(damaged)
+        tree = metadata.tree
         if not tree.get(which):
             raise ValueError(
                 f"{saved.state}: holds no {which}; it was saved by a run without an EMA teacher"
@@ -84,7 +95,10 @@ def load_saved(
             raise ValueError(
                 f"{saved.state}: its {which} are not those of a model of {saved.files}/config.json"
             )
-        return checkpointer.restore(saved.state.absolute(), args=arguments)[which]
+        try:
+            return checkpointer.restore(saved.state.absolute(), args=arguments)[which]
+        except Exception as error:  # Orbax and its store raise all kinds for bytes that are off
+            raise ValueError(damaged) from error
 
 
 def save_imported(folder: Path, params: Params, files: Path) -> None:
@@ -92,15 +106,34 @@ def save_imported(folder: Path, params: Params, files: Path) -> None:
 
     Raises ValueError when `folder` already holds files.
     """
+    with whole_folder(folder) as partial:
+        copy_model_files(files, partial / MODEL)
+        state = partial.absolute() / CHECKPOINTS / "0" / STATE
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(state, args=ocp.args.PyTreeSave({"params": params}))
+
+
+def check_new(folder: Path) -> None:
+    """Raises ValueError where `folder` holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder {folder}: must be empty or new; choose another to save into")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Lends a folder beside `folder` that takes its place at the end, or is gone on failure.
+
+    Raises ValueError where `folder` holds anything.
+    """
+    check_new(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    copy_model_files(files, partial / MODEL)
-    state = partial.absolute() / CHECKPOINTS / "0" / STATE
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(state, args=ocp.args.PyTreeSave({"params": params}))
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rmdir()
     os.replace(partial, folder)
@@ -111,5 +144,6 @@ def copy_model_files(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kept = (".json", ".jinja", ".model", ".txt")
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in kept and not file.name.endswith(".index.json"):
+        belongs = file.suffix in kept or file.name.startswith("LICENSE")
+        if file.is_file() and belongs and not file.name.endswith(OF_WEIGHTS):
             shutil.copyfile(file, folder / file.name)

@@ -16,8 +16,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from jax.sharding import Mesh
 from pmd_jax.policy.bar import Count
 from pmd_jax.policy.families import ModelConfig, Weight, weight_table
 from pmd_jax.policy.model import Params, stacked_axes, stacked_shape, tree_of
-from pmd_jax.policy.saved import copy_model_files
+from pmd_jax.policy.saved import copy_model_files, whole_folder
 from pmd_jax.policy.sharding import named
 
 INDEX = "model.safetensors.index.json"
@@ -70,6 +68,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 for name in tensors.keys():  # noqa: SIM118  # not a mapping
                     if name.endswith(IGNORED):
                         continue
+                    if name in found:
+                        raise ValueError(
+                            f"model folder {folder}: {name} is in {found[name].file.name} and in "
+                            f"{file.name}; keep the files of one model"
+                        )
                     tensor = tensors.get_slice(name)
                     shape = tuple(tensor.get_shape())
                     found[name] = Stored(file, name, shape, tensor.get_dtype())
@@ -102,6 +105,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def hf_names(weight: Weight, config: ModelConfig) -> list[str]:
+    """The names of a parameter in the files, one for each layer where it is stacked."""
     count = config.num_layers if weight.stacked else 1
     return [weight.hf_name.format(i) for i in range(count)]
 
@@ -199,6 +203,7 @@ def _read(tensor: Stored, bounds: Sequence[tuple[int, int]], out: np.ndarray) ->
 
 
 def leaf_of(params: Params, weight: Weight) -> jax.Array:
+    """The parameter's array in our tree."""
     node: Any = params
     for name in weight.path:
         node = node[name]
@@ -250,27 +255,20 @@ def save_params(
     source: the folder that the policy was loaded from (config, tokenizer, generation config).
     Raises ValueError when `folder` already holds files.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder {folder}: must be empty or new; choose another to save into")
     if dtype not in KINDS:
         raise ValueError(f"dtype: must be one of {', '.join(KINDS)}; got {dtype!r}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "params: must lie in this process alone to be written as safetensors; export the "
+            "run's checkpoint with tools.convert_hf from one process"
+        )
+    with whole_folder(folder) as partial:
         _save_weights(partial, params, config, dtype, progress)
         copy_model_files(source, partial)
         config_file = partial / "config.json"
         content = json.loads(config_file.read_text(encoding="utf-8"))
         content["dtype" if "dtype" in content else "torch_dtype"] = dtype
         config_file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
 
 
 def _save_weights(
