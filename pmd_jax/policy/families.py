@@ -183,9 +183,7 @@ def _ropes(hf: Json, family: str, theta: float, local_theta: float) -> tuple[Rop
     if "full_attention" in entries or "sliding_attention" in entries:
         full, sliding = entries.get("full_attention"), entries.get("sliding_attention")
     else:
-        _refuse(
-            {"rope_parameters that do not tell full from sliding layers": bool(entries)}, family
-        )
+        _refuse({"rope_parameters that are not given per layer type": bool(entries)}, family)
         full, sliding = hf.get("rope_scaling"), None
     return _rope(hf, family, full, theta), _rope(hf, family, sliding, local_theta)
 
