@@ -168,9 +168,16 @@ print((loaded - before) * 1024 / held, (kib() - before) * 1024 / held)
 
 @pytest.mark.slow
 def test_import_and_export_hold_little_more_than_the_weights(tmp_path):
-    """At most 1.3 times the bytes of the parameters above what the process had: 0.7 GB here."""
-    big = dataclasses.replace(
-        TEXT_CONFIG, num_layers=24, width=768, mlp_width=2560, vocab_size=4096, num_heads=8
+    """At most 1.3 times the bytes of the parameters above what the process had: 0.9 GB here."""
+    big = dataclasses.replace(  # proportions of a real model, where no parameter dominates
+        TEXT_CONFIG,
+        num_layers=24,
+        width=768,
+        mlp_width=2560,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        vocab_size=65536,
     )
     folder = write_model_folder(tmp_path / "big", big)
     done = subprocess.run(
@@ -181,4 +188,5 @@ def test_import_and_export_hold_little_more_than_the_weights(tmp_path):
         env={"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(tmp_path)},
     )
     loading, saving = map(float, done.stdout.split())
+    print(loading, saving)  # seen: 1.24 and 1.24, of which 0.1 is the runtime's
     assert 0.9 < loading <= 1.3 and loading <= saving <= 1.3
