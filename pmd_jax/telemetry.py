@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import jax
 import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -234,6 +235,25 @@ class Stopwatch:
         taken = dict(self._seconds)
         self._seconds.clear()
         return taken
+
+
+# --- compilations ---------------------------------------------------------------------------
+
+
+class Compilations:
+    """Programs that XLA was asked for since this was made, and the seconds that took.
+
+    Those found in the compilation cache on disk count too: they are new to the process.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self.seconds += seconds
 
 
 # --- what a person watches ------------------------------------------------------------------

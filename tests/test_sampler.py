@@ -1,12 +1,27 @@
 """What is sampled depends on seed, request and sample alone; its log-probabilities are exact."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import VARIANTS, eight_devices, full_logprobs, make_sampler, params_on, toy_params
+from toys import (
+    CONFIG,
+    F32,
+    VARIANTS,
+    eight_devices,
+    full_logprobs,
+    make_sampler,
+    params_on,
+    toy_params,
+)
 
-from pmd_jax.policy.sampler import SamplingConfig, bucket
-from pmd_jax.policy.selection import truncate
+from pmd_jax.policy import cache
+from pmd_jax.policy.sampler import SamplingConfig, _decode, _Run, bucket
+from pmd_jax.policy.scheduler import Scheduler, Shape
+from pmd_jax.policy.selection import Cuts, num_blocks, truncate
+from pmd_jax.telemetry import Compilations
 
 STOP = 5
 RNG = np.random.default_rng(0)
@@ -40,12 +55,121 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    ("order", "max_rows", "chunk"),
-    [([4, 2, 0, 1, 3], 3, 5), (range(5), 1, 16), ([3], 64, 7), ([1, 0], 8, 1)],
+    ("order", "engine"),
+    [
+        ([4, 2, 0, 1, 3], {"max_rows": 3, "chunk": 5}),
+        (range(5), {"max_rows": 1}),
+        ([3], {"chunk": 7, "prefill_tokens": 1}),
+        ([1, 0], {"max_rows": 8, "chunk": 1}),
+        # The ring grows twice, and the rows are moved into smaller tables down to one.
+        (range(5), {"max_rows": 16, "chunk": 4, "min_columns": 8, "min_rows": 1}),
+    ],
 )
-def test_slots_order_neighbours_and_chunks_change_nothing(reference, order, max_rows, chunk):
-    other, _ = generate(order, max_rows=max_rows, chunk=chunk)
+def test_rows_order_neighbours_and_chunks_change_nothing(reference, order, engine):
+    other, _ = generate(order, **engine)
     assert flat(other) == flat({i: reference[i] for i in order})
+
+
+def test_what_is_expected_changes_the_order_of_work_and_nothing_else(reference):
+    sampler, weights = make_sampler(max_rows=4)
+    expected = [[40 - n for n in limits] for limits in LIMITS]
+    out = sampler.generate(weights, PROMPTS, LIMITS, SamplingConfig(), [STOP], 7, expected=expected)
+    assert flat(dict(enumerate(out))) == flat(reference)
+
+
+def test_few_row_steps_are_idle():
+    """16 responses of 3 to 39 tokens in 8 rows: a free row is seated at once, the longest first."""
+    _, stats = generate(range(4), stop=(), max_rows=8, chunk=16)
+    assert stats.slots < 1.25 * stats.response_tokens
+
+
+def test_the_second_run_of_like_lengths_compiles_nothing():
+    sampler, weights = make_sampler(max_rows=4, min_columns=8, min_rows=1)
+
+    def run(seed):
+        sampler.generate(weights, PROMPTS, LIMITS, SamplingConfig(), [], seed)
+
+    run(0)
+    compiled = Compilations()
+    run(1)
+    assert compiled.count == 0
+    sampler.generate(weights, [[1] * 100], [[8]], SamplingConfig(), [], 0)  # a longer prompt
+    assert compiled.count > 0
+
+
+def test_ids_beyond_the_tokenizer_s_are_never_drawn():
+    """The policy's own log-probabilities still count them, as the trainer's do."""
+    sampler, weights = make_sampler(num_tokens=40)
+    [samples] = sampler.generate(weights, [PROMPTS[0]], [[8] * 16], SamplingConfig(), [], 0)
+    assert max(int(s.tokens.max()) for s in samples) < 40
+    row = [*PROMPTS[0], *samples[0].tokens]
+    expected = full_logprobs(toy_params(), row)[np.arange(2, len(row) - 1), samples[0].tokens]
+    np.testing.assert_allclose(samples[0].logprobs, expected, atol=2e-5)
+    assert (samples[0].sampling_logprobs > samples[0].logprobs).all()
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingConfig(), SamplingConfig(0.7), SamplingConfig(0.9, top_p=0.6, top_k=20)]
+)
+def test_sampling_logprobs_are_those_of_the_distribution_drawn_from(sampling):
+    [sample] = generate([0], sampling=sampling, stop=())[0][0][:1]
+    row = [*PROMPTS[0], *sample.tokens]
+    logprobs = full_logprobs(toy_params(), row)[len(PROMPTS[0]) - 1 : -1]
+    cut = truncate(
+        jnp.asarray(logprobs / sampling.temperature),
+        jnp.int32(sampling.top_k),
+        jnp.float32(sampling.top_p),
+        sampling.cuts,
+    )
+    expected = np.asarray(jax.nn.log_softmax(cut))[np.arange(len(cut)), sample.tokens]
+    np.testing.assert_allclose(sample.sampling_logprobs, expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.family)
+def test_an_int8_cache_is_close_but_not_the_same(config):
+    samples, _ = generate(config=config, max_rows=3, stop=(), kv_cache="int8")
+    gaps = []
+    for i, group in samples.items():
+        for sample in group:
+            row = [*PROMPTS[i], *sample.tokens]
+            at = np.arange(len(PROMPTS[i]), len(row))
+            expected = full_logprobs(toy_params(0, config), row, config)[at - 1, sample.tokens]
+            gaps += np.abs(sample.logprobs - expected).tolist()
+    assert 1e-4 < np.mean(gaps) < 0.05
+
+
+def test_the_logits_of_a_sharded_vocabulary_do_not_travel():
+    """Of the compiled decode step on 8 devices: no collective holds a row's whole vocabulary."""
+    mesh = eight_devices()
+    _, weights = make_sampler(mesh=mesh, params=params_on(mesh))
+    shape = Shape(4, 2, 4, 2)
+    state = cache.empty_state(CONFIG, shape, 64, 32, mesh, F32)
+    rows = _Run.idle_rows(shape) | dict(
+        zip(("members", "place"), Scheduler([[1]], shape).tables(), strict=True)
+    )
+    sampling = {"temperature": jnp.float32(1), "top_k": jnp.int32(9), "top_p": jnp.float32(0.9)}
+    with jax.set_mesh(mesh):
+        text = (
+            _decode.lower(
+                weights.top,
+                weights.layers,
+                state,
+                rows,
+                np.int32(4),
+                sampling,
+                jnp.zeros(8, jnp.int32),
+                config=CONFIG,
+                dtype=F32,
+                chunk=16,
+                cuts=Cuts(True, True),
+                num_tokens=90,
+            )
+            .compile()
+            .as_text()
+        )
+    sent = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)", text)
+    sizes = [int(n) for shapes in sent for n in re.findall(r"(?<=[\[,])\d+(?=[\],])", shapes)]
+    assert sent and max(sizes) < CONFIG.vocab_size // 2  # a shard's own part is 48
 
 
 def test_eight_devices_sample_what_one_does(reference):
@@ -146,3 +270,9 @@ def test_buckets_are_few_and_large_enough():
     assert [bucket(n, 64) for n in (1, 64, 65, 286, 600)] == [64, 64, 128, 320, 640]
     assert len({bucket(n, 16) for n in range(1, 8193)}) < 40
     assert all(n <= bucket(n, 16) <= max(16 * -(-n // 16), 1.25 * n) for n in range(1, 8193))
+
+
+def test_a_vocabulary_is_cut_into_equal_blocks_near_its_root():
+    sizes = (96, 264, 49_152, 100_278, 128_256, 151_936, 262_144)
+    assert [num_blocks(n) for n in sizes] == [8, 8, 256, 162, 256, 128, 512]
+    assert all(n % num_blocks(n) == 0 for n in range(1, 300))

@@ -84,12 +84,12 @@ def params_on(mesh, seed=0, config=CONFIG):
     return jax.device_put(toy_params(seed, config), shardings)
 
 
-def make_sampler(mesh=None, max_rows=64, chunk=16, params=None, config=CONFIG):
+def make_sampler(mesh=None, params=None, config=CONFIG, num_tokens=None, **engine):
     """A sampler and its weights on a mesh."""
     mesh = mesh or single_device_mesh()
     params = params if params is not None else params_on(mesh, config=config)
     weights = rollout_weights(params, config, mesh, F32)
-    return Sampler(config, EngineConfig(max_rows, chunk), mesh, F32), weights
+    return Sampler(config, EngineConfig(**engine), mesh, F32, num_tokens), weights
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -1,12 +1,13 @@
-"""Attention, in the three shapes that the policy needs, written once in plain XLA.
+"""Attention, in the two shapes that whole rows need, written once in plain XLA.
 
 causal   training and prefill: rows of right-padded tokens.
 grouped  distillation: the responses of a group read one copy of each prompt of the group.
-decode   sampling: one new token a row; the group's prompt cache is read once for the group.
+
+Sampling, one new token a row against a cache, is in decoding.py.
 
 Axes: B rows, N groups, S prompts of a group, P prompt columns, G rollouts of a group, T response
-tokens, K key-value heads, R query heads for each of them, C ring columns, d head width. Scores and
-softmax are float32. Rows are right-padded, so causality alone keeps padding out of valid tokens.
+tokens, K key-value heads, R query heads for each of them, d head width. Scores and softmax are
+float32. Rows are right-padded, so causality alone keeps padding out of valid tokens.
 `window`: how many tokens a reader sees, itself included; None for all before it.
 """
 
@@ -106,45 +107,3 @@ def grouped(
     behind = jnp.einsum(f"ngkrtp,{read}->ngtkrd", weights[..., :length], shared[1])
     behind += jnp.einsum("ngkrts,ngskd->ngtkrd", weights[..., length:], own_v)
     return jnp.concatenate([ahead, behind.reshape(n, tokens - prompts, -1, width)], axis=1)
-
-
-def decode(
-    q: Float[Array, "N G H d"],
-    prompt: tuple[Float[Array, "N K P d"], Float[Array, "N K P d"]],
-    ring: tuple[Float[Array, "N G K C d"], Float[Array, "N G K C d"]],
-    prompt_len: Int[Array, " N"],
-    ring_age: Int[Array, " C"],
-    count: Int[Array, "N G"],
-    window: Window = None,
-) -> Float[Array, "N G H d"]:
-    """One new token a row. All queries of a group meet the prompt's keys in one product.
-
-    ring_age: how many steps ago each column was written, 0 for the one of this step. count: tokens
-    of each row in the ring, so the reader's position is prompt_len + count - 1.
-    Both parts are joined by one float32 maximum and one sum (never differentiated).
-    """
-    (prompt_k, prompt_v), (ring_k, ring_v) = prompt, ring
-    n, g, _, width = q.shape
-    heads, columns = prompt_k.shape[1], ring_k.shape[3]
-    own_q = _split_heads(q, heads)
-    wide = own_q.transpose(0, 2, 1, 3, 4).reshape(n, heads, -1, width)  # [N, K, G*R, d]
-    positions = jnp.arange(prompt_k.shape[2])
-    prompt_mask = (positions < prompt_len[:, None])[:, None]  # [N, 1 or G*R, P]
-    visible = count
-    if window is not None:
-        reader = prompt_len[:, None] + count - 1  # [N, G]
-        near = reader[..., None] - positions < window
-        prompt_mask &= jnp.repeat(near, own_q.shape[3], axis=1)
-        visible = jnp.minimum(count, window)
-    ring_mask = ring_age < visible[..., None]
-    a = jnp.where(prompt_mask[:, None], _scores("nkmd,nkpd->nkmp", wide, prompt_k), MASKED)
-    b = _scores("ngkrd,ngkcd->nkgrc", own_q, ring_k)
-    b = jnp.where(ring_mask[:, None, :, None], b, MASKED).reshape(n, heads, -1, columns)
-    top = jnp.maximum(a.max(-1), b.max(-1))[..., None]
-    a, b = jnp.exp(a - top), jnp.exp(b - top)
-    total = a.sum(-1, keepdims=True) + b.sum(-1, keepdims=True)
-    b = b.astype(ring_v.dtype).reshape(n, heads, g, -1, columns)
-    own = jnp.einsum("nkgrc,ngkcd->nkgrd", b, ring_v).reshape(n, heads, -1, width)
-    out = jnp.einsum("nkmp,nkpd->nkmd", a.astype(prompt_v.dtype), prompt_v) + own
-    out = (out / total).reshape(n, heads, g, -1, width).transpose(0, 2, 1, 3, 4)
-    return out.reshape(q.shape).astype(q.dtype)

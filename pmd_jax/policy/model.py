@@ -11,7 +11,7 @@ dual_hidden      student and teacher in one scan over layers, prompts shared by 
 decode_hidden    one new token a row, unrolled over layers
 
 Axes: B rows, T tokens, D width, V vocabulary, L layers, H query heads, K key-value heads, d head
-width; N groups, S prompts of a group, P prompt columns, G rollouts of a group, C ring columns.
+width; N groups, S prompts of a group, P prompt columns, G rollouts of a group.
 Weights may be float32 and are cast layer by layer to the dtype of the hidden states; norms, rotary
 angles and logits are float32. Left out: dropout, biases, mixture of experts.
 """
@@ -253,7 +253,7 @@ def prefill(
     def body(h: Array, xs: Any) -> tuple[Array, Any]:
         return block(xs[0], h, turns, xs[1], attend, config)
 
-    h = embed(params, tokens, config, dtype)
+    h = constrain(embed(params, tokens, config, dtype), "batch", None, None)
     h, cache = lax.scan(body, h, (params["layers"], sliding_of(config)))
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return final_norm(params, last, config), cache
@@ -262,12 +262,12 @@ def prefill(
 def decode_hidden(
     params: Params,
     layers: list[Params],
-    tokens: Int[Array, "N G"],
-    positions: Int[Array, "N G"],
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
     attends: list[Attend],
     config: ModelConfig,
     dtype: Any,
-) -> tuple[Float[Array, "N G D"], list[Any]]:
+) -> tuple[Float[Array, "B D"], list[Any]]:
     """One new token a row through unrolled layers; returns what each layer's attend handed on."""
     turns = Turns.of(positions, config)
     h, handed = embed(params, tokens, config, dtype), []

@@ -1,11 +1,14 @@
-"""The sampler: a queue of requests, slots that hold them, and jitted chunks of decode steps.
+"""The sampler: a queue of requests, rows that hold them, and jitted chunks of decode steps.
 
-A prompt is prefilled once and shared by its samples, which sit in the rows of one group slot. The
-host drives: harvest finished rows, start waiting samples in them, replace groups that have none
-left, run a chunk of decode steps. What is sampled depends on (seed, request, sample) alone, not on
-slots, order or neighbours. cache.py holds the state, selection.py the draw of a token.
+A prompt is prefilled once and read by all of its samples. The host drives: take finished responses
+out of their rows, seat waiting ones there, run a chunk of decode steps. The ring of the responses
+grows as they do, and when nothing waits and half of the rows are idle, the live ones move together
+into a smaller program. What is sampled depends on (seed, request, sample) alone, not on rows, order
+or neighbours. scheduler.py decides who sits where, cache.py holds keys and values, decoding.py
+attends to them, selection.py draws the token.
 
-Left out (another day's tuning): several prefill lengths in one call, growing rings, compaction.
+Axes: F shards of the batch, n prompt slots, b rows, M members of a slot, m prompts of a prefill,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from pmd_jax.policy import attention, cache, model
-from pmd_jax.policy.families import ModelConfig
-from pmd_jax.policy.selection import Cuts, select
-from pmd_jax.policy.sharding import batch_shards
+from pmd_jax.policy import cache, decoding, model
+from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy.scheduler import Scheduler, Seat, Shape, power_of_two, shape_for
+from pmd_jax.policy.selection import Cuts, Drawn, select
+from pmd_jax.policy.sharding import batch_shards, constrain, named
 
-MAX_PREFILL = 8  # prompts prefilled at once
 NUM_STOP_TOKENS = 8  # fixed width of the array of stop tokens, so that it never recompiles
 
 
@@ -36,11 +39,14 @@ class Sample:
     """One response. tokens int32 [T], the stop token included when there is one.
 
     logprobs: float32 [T], nats, of each token under the policy at temperature 1, nothing cut off.
+    sampling_logprobs: float32 [T], nats, under the distribution it was drawn from, which is another
+    one where temperature, top-k or top-p are set; 0 when greedy.
     stop: "stop" when it ended with a stop token, "length" when it met its limit.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
+    sampling_logprobs: np.ndarray
     stop: Literal["stop", "length"]
 
 
@@ -67,29 +73,45 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the sampler. They change its speed and memory, never what is sampled.
+    """Sizes of the sampler. They change its speed and memory; what is sampled only with int8.
 
-    max_rows: responses decoded at once. chunk: decode steps between two looks of the host.
+    max_rows: responses decoded at once. chunk: the most decode steps between two looks of the host.
+    prefill_tokens: about how many prompt tokens, padding included, are computed at once.
+    min_rows: a batch that runs empty is made smaller down to this; max_rows keeps it as it is.
+    min_columns: the response cache starts with so many and doubles.
+    kv_cache: "int8" halves the cache of a bfloat16 model. It changes the behaviour policy, so the
+        sampler's log-probabilities differ from the trainer's by more than rounding.
     """
 
     max_rows: int = 64
     chunk: int = 16
+    prefill_tokens: int = 2048
+    min_rows: int = 8
+    min_columns: int = 128
+    kv_cache: Literal["dtype", "int8"] = "dtype"
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "chunk"):
+        for name in ("max_rows", "chunk", "prefill_tokens", "min_rows", "min_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1; got {getattr(self, name)}")
 
 
 @dataclasses.dataclass
 class SamplerStats:
-    """What sampling cost so far: response and prompt tokens, decode steps, row slots, seconds."""
+    """What sampling cost so far.
+
+    prefill_tokens: prompt tokens computed, padding included. slots: rows computed, idle ones
+    included, over all steps. seconds: of the calls; device_seconds: of them,
+    while decode steps ran.
+    """
 
     response_tokens: int = 0
     prompt_tokens: int = 0
+    prefill_tokens: int = 0
     steps: int = 0
     slots: int = 0
     seconds: float = 0.0
+    device_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +119,8 @@ class Weights:
     """What sampling reads: the whole tree for prefill; for decoding, its top and its layers.
 
     top: embedding, head and final norm. layers: one tree a layer. Both are cast once here, not at
-    every token; where nothing is to be cast, top is the policy's own arrays.
+    every token, and are whole on every shard of the batch, so that a decode step sends no weights;
+    where nothing is to be cast or sent, top is the policy's own arrays.
     """
 
     params: model.Params
@@ -105,19 +128,33 @@ class Weights:
     layers: list[model.Params]
 
 
-@partial(jax.jit, static_argnames=("num_layers", "dtype"))
-def _unrolled(layers: model.Params, num_layers: int, dtype: Any) -> list[model.Params]:
-    return [jax.tree.map(lambda w, i=i: w[i].astype(dtype), layers) for i in range(num_layers)]
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _unrolled(layers: model.Params, config: ModelConfig, dtype: Any) -> list[model.Params]:
+    """One tree a layer, cast, and whole on every shard of the batch."""
+    axes = {w.path[1]: w.axes for w in weight_table(config) if w.stacked}
+
+    def one(name: str, weight: jax.Array) -> jax.Array:
+        return constrain(weight.astype(dtype), *_whole(axes[name]))
+
+    return [{name: one(name, w[i]) for name, w in layers.items()} for i in range(config.num_layers)]
+
+
+def _whole(axes: tuple[str | None, ...]) -> list[str | None]:
+    """Logical axes of a weight that is not cut by "embed", the axis of fsdp."""
+    return [None if axis == "embed" else axis for axis in axes]
 
 
 def rollout_weights(params: model.Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
     """The weights of a policy as sampling wants them."""
+    top = {name: leaf for name, leaf in params.items() if name != "layers"}
+    axes = {w.path[0]: w.axes for w in weight_table(config) if not w.stacked}
     with jax.set_mesh(mesh):
-        layers = _unrolled(params["layers"], config.num_layers, dtype)
-        top = {name: leaf for name, leaf in params.items() if name != "layers"}
+        layers = _unrolled(params["layers"], config, dtype)
         for name in top.keys() & {"embed", "head"}:
             if top[name].dtype != dtype:
                 top[name] = top[name].astype(dtype)
+            if mesh.shape["fsdp"] > 1:
+                top[name] = jax.device_put(top[name], named(mesh, *_whole(axes[name])))
     return Weights(params, top, layers)
 
 
@@ -131,119 +168,127 @@ def bucket(length: int, step: int) -> int:
     return -(-length // unit) * unit
 
 
-def slots(prompts: int, samples: int, max_rows: int, shards: int) -> tuple[int, int]:
-    """(groups, rows of each) that hold at most about `max_rows` responses at once.
-
-    samples: the most that a prompt wants. The groups are cut evenly over `shards` devices.
-    """
-    rows = min(samples, max_rows)
-    groups = min(1 << (prompts - 1).bit_length(), max(max_rows // rows, 1))
-    return -(-groups // shards) * shards, rows
+def ring_columns(needed: int, longest: int, engine: EngineConfig) -> int:
+    """Columns of the ring for `needed` tokens of a row, of the `longest` that it may have."""
+    return min(max(power_of_two(needed), engine.min_columns), bucket(longest, 16))
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
 def _insert(params, state, slots, tokens, lengths, config: ModelConfig, dtype):
-    hidden, kv = model.prefill(params, tokens, lengths, config, dtype)
-    return cache.insert_prompts(state, slots, hidden, kv, lengths)
+    """Prefills tokens [F, m, p] into the slots [F, m], which count within their shard."""
+    f, m = slots.shape
+    hidden, kv = model.prefill(
+        params, tokens.reshape(f * m, -1), lengths.reshape(-1), config, dtype
+    )
+    by_shard = [x.reshape(x.shape[0], f, m, *x.shape[2:]) for x in kv]
+    return cache.insert_prompts(state, slots, hidden.reshape(f, m, -1), by_shard)
 
 
-def _draw(top, hidden, rows, sampling, cuts):
-    """Samples the next token of every row from hidden [N, G, D]."""
-    logits = model.logits(model.head_of(top), hidden)
-    keys, counts = rows["key"].reshape(-1, 2), rows["count"].reshape(-1)
-    token, logp = select(
-        logits.reshape(-1, logits.shape[-1]),
-        keys,
-        counts,
+_pick = jax.jit(cache.pick)
+_resize = jax.jit(cache.resize, static_argnames="columns")
+
+
+def _draw(top, hidden, rows, sampling, cuts, num_tokens) -> Drawn:
+    """Samples the next token of every row from hidden [B, D]."""
+    return select(
+        model.logits(model.head_of(top), hidden),
+        rows["key"],
+        rows["count"],
         sampling["temperature"],
         sampling["top_k"],
         sampling["top_p"],
         cuts,
+        num_tokens,
     )
-    return token.reshape(rows["count"].shape), logp.reshape(rows["count"].shape)
 
 
-def _append(rows, token, logp, live, stop_tokens):
-    """Adds one token to every live row and says which rows are done."""
-    count = rows["count"]
-    here = (jnp.arange(rows["out"].shape[-1]) == count[..., None]) & live[..., None]
-    stopped = jnp.any(token[..., None] == stop_tokens, axis=-1)
-    return rows | {
-        "count": count + live,
-        "newest": jnp.where(live, token, rows["newest"]),
-        "done": ~live | stopped | (count + 1 >= rows["limit"]),
-        "out": jnp.where(here, token[..., None], rows["out"]),
-        "logp": jnp.where(here, logp[..., None], rows["logp"]),
-    }
+@partial(
+    jax.jit,
+    static_argnames=("config", "dtype", "chunk", "cuts", "num_tokens"),
+    donate_argnames="state",
+)
+def _decode(
+    top, layers, state, rows, steps, sampling, stop_tokens, config, dtype, chunk, cuts, num_tokens
+):
+    """Runs up to `steps` <= chunk steps, fewer when every row is done.
 
-
-@partial(jax.jit, static_argnames="cuts", donate_argnames="state")
-def _start(top, state, start, keys, limits, sampling, stop_tokens, cuts):
-    """Starts a request in each row of `start` [N, G]: its first token comes from the prompt."""
-    rows = state["rows"]
-    rows = rows | {
-        "key": jnp.where(start[..., None], keys, rows["key"]),
-        "limit": jnp.where(start, limits, rows["limit"]),
-        "count": jnp.where(start, 0, rows["count"]),
-    }
-    hidden = jnp.broadcast_to(
-        state["first_hidden"][:, None], (*start.shape, state["first_hidden"].shape[-1])
-    )
-    token, logp = _draw(top, hidden, rows, sampling, cuts)
-    begun = _append(rows, token, logp, start, stop_tokens)
-    begun["done"] = jnp.where(start, begun["done"], rows["done"])
-    return state | {"rows": begun}
-
-
-@partial(jax.jit, static_argnames=("config", "dtype", "chunk", "cuts"), donate_argnames="state")
-def _decode(top, layers, state, sampling, stop_tokens, config, dtype, chunk, cuts):
-    """Runs up to `chunk` steps, fewer when every row is done."""
+    rows: arrays over [F, b] (count: tokens sampled so far, limit, newest: the last token, done,
+    key: the request's key data [F, b, 2]) and the tables of decoding.Seats. Returns the state, the
+    rows, the steps that ran, and a Drawn of arrays [chunk, F, b]; of a row, the first entries that
+    its count grew by are its new tokens. A row of count 0 draws its first token from its prompt.
+    """
+    tables = {name: constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()}
+    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in tables.items()}
+    shape = tables["count"].shape
+    slot = tables["place"] // tables["members"].shape[2]
+    first = cache.gather(state["first_hidden"], slot)
+    prompt_len = cache.gather(flat["prompt_len"], slot)
+    slides = any(config.sliding)
 
     def step(carry):
-        i, state = carry
-        rows, clock = state["rows"], state["clock"]
-        age, lengths = cache.ring_age(rows["out"].shape[-1], clock), state["prompt_len"]
+        i, column, ring, count, newest, done, out = carry
+        seats = decoding.Seats(tables["members"], tables["place"], flat["prompt_len"], count)
+        age = cache.ring_age(ring[0].v.shape[2], column)
 
-        def attend_in(prompt, ring):
+        def attend_in(prompt, old):
             def attend(q, k, v, window):
-                new = cache.write_ring(ring, k, v, clock)
-                out = attention.decode(q, prompt, new, lengths, age, rows["count"], window)
-                return out, new
+                new = cache.write_ring(old, k, v, column)
+                return decoding.cached(q, prompt, new, seats, age, window if slides else None), new
 
             return attend
 
-        attends = [attend_in(*pair) for pair in zip(state["prompt"], state["ring"], strict=True)]
-        positions = lengths[:, None] + rows["count"] - 1
-        hidden, ring = model.decode_hidden(
-            top, layers, rows["newest"], positions, attends, config, dtype
-        )
-        token, logp = _draw(top, hidden, rows, sampling, cuts)
-        rows = _append(rows, token, logp, ~rows["done"], stop_tokens)
-        return i + 1, state | {"ring": ring, "rows": rows, "clock": clock + 1}
+        attends = [attend_in(*pair) for pair in zip(state["prompt"], ring, strict=True)]
+        positions = prompt_len + count - 1
+        hidden, ring = model.decode_hidden(top, layers, newest, positions, attends, config, dtype)
+        hidden = jnp.where((count == 0)[:, None], first, hidden)
+        drawn = _draw(top, hidden, flat | {"count": count}, sampling, cuts, num_tokens)
+        out = jax.tree.map(lambda o, new: lax.dynamic_update_index_in_dim(o, new, i, 0), out, drawn)
+        stopped = jnp.any(drawn.token[..., None] == stop_tokens, axis=-1)
+        newest = jnp.where(done, newest, drawn.token)
+        count = count + ~done
+        done = done | stopped | (count >= flat["limit"])
+        return i + 1, column + 1, ring, count, newest, done, out
 
     def going(carry):
-        i, state = carry
-        return (i < chunk) & ~jnp.all(state["rows"]["done"])
+        return (carry[0] < steps) & ~jnp.all(carry[5])
 
-    return lax.while_loop(going, step, (0, state))[1]
+    kinds = jnp.int32, jnp.float32, jnp.float32
+    empty = Drawn(*(jnp.zeros((chunk, flat["count"].size), kind) for kind in kinds))
+    begin = (0, state["column"], state["ring"], flat["count"], flat["newest"], flat["done"])
+    ran, column, ring, *after, out = lax.while_loop(going, step, (*begin, empty))
+    names = "count", "newest", "done"
+    after = {name: x.reshape(shape) for name, x in zip(names, after, strict=True)}
+    out = jax.tree.map(lambda x: x.reshape(chunk, *shape), out)
+    return state | {"ring": ring, "column": column}, after, ran, out
 
 
 @jax.jit
 def _keys(seed, requests, samples):
-    """Key data [N, G, 2] of each (request, sample)."""
+    """Key data [N, 2] of each (request, sample)."""
 
     def one(request, sample):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request), sample)
         return jax.random.key_data(key)
 
-    return jax.vmap(jax.vmap(one))(requests, samples)
+    return jax.vmap(one)(requests, samples)
 
 
 class Sampler:
-    """Runs requests through the slots. Holds no weights: they come with each call."""
+    """Runs requests through the rows. Holds no weights: they come with each call.
 
-    def __init__(self, config: ModelConfig, engine: EngineConfig, mesh: Mesh, dtype: Any):
+    num_tokens: ids that the tokenizer defines; those above only pad the vocabulary.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        mesh: Mesh,
+        dtype: Any,
+        num_tokens: int | None = None,
+    ):
         self.config, self.engine, self.mesh, self.dtype = config, engine, mesh, dtype
+        self.num_tokens = num_tokens
         self.stats = SamplerStats()
 
     def generate(
@@ -255,18 +300,22 @@ class Sampler:
         stop_tokens: Sequence[int],
         seed: int,
         request_ids: Sequence[int] | None = None,
+        expected: Sequence[Sequence[float]] | None = None,
     ) -> list[list[Sample]]:
         """limits[i][j]: the most tokens of sample j of prompt i. Results in the order given.
 
-        request_ids (default: the position) name the prompts for their random draws.
+        request_ids (default: the position) name the prompts for their random draws. expected
+        (default: the limits): tokens that each sample is thought to take; the longest go first.
         """
         self._check(prompts, limits, stop_tokens)
         if not prompts:
             return []
         began = time.perf_counter()
         ids = list(range(len(prompts))) if request_ids is None else list(request_ids)
-        run = _Run(self, weights, prompts, limits, ids, sampling, stop_tokens, seed)
         with jax.set_mesh(self.mesh):
+            run = _Run(
+                self, weights, prompts, limits, ids, sampling, stop_tokens, seed, expected or limits
+            )
             results = run.to_the_end()
         self.stats.seconds += time.perf_counter() - began
         return results
@@ -293,29 +342,30 @@ class Sampler:
 
 
 class _Run:
-    """One call of `generate`: which request sits where, and what is still waiting."""
+    """One call of `generate`: the state on the devices, and what the host knows of each row."""
 
-    def __init__(self, sampler, weights, prompts, limits, ids, sampling, stop_tokens, seed):
+    def __init__(
+        self, sampler, weights, prompts, limits, ids, sampling, stop_tokens, seed, expected
+    ):
         engine, self.sampler, self.weights = sampler.engine, sampler, weights
         self.prompts, self.limits, self.ids, self.seed = prompts, limits, ids, seed
-        samples, shards = max(len(limit) for limit in limits), batch_shards(sampler.mesh)
-        self.num_groups, self.num_rows = slots(len(prompts), samples, engine.max_rows, shards)
+        samples = max(len(limit) for limit in limits)
+        shape = shape_for(len(prompts), samples, engine.max_rows, batch_shards(sampler.mesh))
+        self.scheduler = Scheduler(expected, shape)
         self.prompt_columns = bucket(max(map(len, prompts)), 64)
-        longest = max(max(limit) for limit in limits)
+        self.longest = max(max(limit) for limit in limits)
+        self.columns = ring_columns(engine.chunk, self.longest, engine)
         self.state = cache.empty_state(
             sampler.config,
-            self.num_groups,
-            self.num_rows,
+            shape,
             self.prompt_columns,
-            bucket(longest, 16),
+            self.columns,
             sampler.mesh,
             sampler.dtype,
+            engine.kv_cache == "int8",
         )
-        # The longest first: a short tail. Any order gives the same samples.
-        self.queue = sorted(range(len(prompts)), key=lambda i: (-max(limits[i]), i))
-        self.group: list[int | None] = [None] * self.num_groups
-        self.waiting: list[list[int]] = [[] for _ in range(self.num_groups)]
-        self.owner: dict[tuple[int, int], int] = {}  # (group, row) -> sample
+        self.rows = self.idle_rows(shape)
+        self.parts: dict[tuple[int, int], list[Drawn]] = {}  # (prompt, sample) -> its chunks
         self.results: list[list[Sample | None]] = [[None] * len(limit) for limit in limits]
         self.sampling = {
             "temperature": jnp.float32(sampling.temperature),
@@ -326,101 +376,153 @@ class _Run:
         stops = [*stop_tokens] + [-1] * (NUM_STOP_TOKENS - len(stop_tokens))
         self.stop_tokens = jnp.asarray(stops, jnp.int32)
         self.stop_set = frozenset(stop_tokens)
-        self.steps = 0
+
+    @staticmethod
+    def idle_rows(shape: Shape) -> dict[str, np.ndarray]:
+        rows = shape.shards, shape.rows
+        return {
+            "count": np.zeros(rows, np.int32),
+            "limit": np.zeros(rows, np.int32),
+            "newest": np.zeros(rows, np.int32),
+            "done": np.ones(rows, bool),
+            "key": np.zeros((*rows, 2), np.uint32),
+            "prompt_len": np.zeros((shape.shards, shape.slots), np.int32),
+        }
 
     def to_the_end(self) -> list[list[Sample]]:
-        engine, config, dtype = self.sampler.engine, self.sampler.config, self.sampler.dtype
         while True:
             self.load_prompts()
             self.start_rows()
-            if not self.owner:
+            if not any(True for _ in self.scheduler.live()):
                 return [list(samples) for samples in self.results]  # type: ignore[arg-type]
-            self.state = _decode(
-                self.weights.top,
-                self.weights.layers,
-                self.state,
-                self.sampling,
-                self.stop_tokens,
-                config=config,
-                dtype=dtype,
-                chunk=engine.chunk,
-                cuts=self.cuts,
-            )
-            self.harvest()
+            self.fit()
+            self.decode()
 
     def load_prompts(self) -> None:
-        """Prefills waiting prompts into empty group slots, in batches of a power of two."""
-        free = [slot for slot, prompt in enumerate(self.group) if prompt is None]
-        count = min(len(free), len(self.queue))
-        while count:
-            batch = min(1 << (count.bit_length() - 1), MAX_PREFILL)
-            slots, free = free[:batch], free[batch:]
-            chosen, self.queue = self.queue[:batch], self.queue[batch:]
-            tokens = np.zeros((batch, self.prompt_columns), np.int32)
-            for row, i in enumerate(chosen):
-                tokens[row, : len(self.prompts[i])] = self.prompts[i]
-                self.group[slots[row]] = i
-                self.waiting[slots[row]] = list(range(len(self.limits[i])))[::-1]
-            lengths = np.asarray([len(self.prompts[i]) for i in chosen], np.int32)
-            self.state = _insert(
-                self.weights.params,
-                self.state,
-                np.asarray(slots),
-                tokens,
-                lengths,
-                config=self.sampler.config,
-                dtype=self.sampler.dtype,
-            )
-            self.sampler.stats.prompt_tokens += int(lengths.sum())
-            count -= batch
+        """Prefills waiting prompts into free slots, those of like length together."""
+        loads = sorted(self.scheduler.load(), key=lambda load: len(self.prompts[load[2]]))
+        while loads:
+            columns = bucket(len(self.prompts[loads[-1][2]]), 64)
+            most = max(self.sampler.engine.prefill_tokens // columns, 1)
+            batch = 1 << (min(most, len(loads)).bit_length() - 1)
+            self.prefill(loads[-batch:], columns)
+            del loads[-batch:]
 
-    def start_rows(self) -> None:
-        """Gives every free row the next waiting sample of its group's prompt."""
-        shape = (self.num_groups, self.num_rows)
-        start, limits = np.zeros(shape, bool), np.zeros(shape, np.int32)
-        requests, samples = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
-        for slot, row in np.ndindex(shape):
-            if (slot, row) in self.owner or not self.waiting[slot]:
-                continue
-            prompt, sample = self.group[slot], self.waiting[slot].pop()
-            assert prompt is not None
-            self.owner[slot, row] = sample
-            start[slot, row], limits[slot, row] = True, self.limits[prompt][sample]
-            requests[slot, row], samples[slot, row] = self.ids[prompt], sample
-        if not start.any():
-            return
-        self.state = _start(
-            self.weights.top,
+    def prefill(self, loads: list[tuple[int, int, int]], columns: int) -> None:
+        shape, stats = self.scheduler.shape, self.sampler.stats
+        of_shard = [[load for load in loads if load[0] == f] for f in range(shape.shards)]
+        each = power_of_two(max(map(len, of_shard)))
+        slots = np.full((shape.shards, each), shape.slots, np.int32)  # beyond the last: dropped
+        tokens = np.zeros((shape.shards, each, columns), np.int32)
+        lengths = np.ones((shape.shards, each), np.int32)
+        for shard, own in enumerate(of_shard):
+            for i, (_, slot, prompt) in enumerate(own):
+                ids = self.prompts[prompt]
+                slots[shard, i], lengths[shard, i] = slot, len(ids)
+                tokens[shard, i, : len(ids)] = ids
+                self.rows["prompt_len"][shard, slot] = len(ids)
+                stats.prompt_tokens += len(ids)
+        stats.prefill_tokens += tokens.size
+        self.state = _insert(
+            self.weights.params,
             self.state,
-            start,
-            _keys(np.uint32(self.seed), requests, samples),
-            limits,
-            self.sampling,
-            self.stop_tokens,
-            cuts=self.cuts,
+            slots,
+            tokens,
+            lengths,
+            config=self.sampler.config,
+            dtype=self.sampler.dtype,
         )
 
-    def harvest(self) -> None:
-        """Takes the responses of finished rows, and frees groups in which nothing is left."""
-        rows = self.state["rows"]
-        done, clock = jax.device_get((rows["done"], self.state["clock"]))
-        finished = [place for place in self.owner if done[place]]
-        if finished:
-            counts, out, logp = jax.device_get((rows["count"], rows["out"], rows["logp"]))
-        for slot, row in finished:
-            prompt, sample = self.group[slot], self.owner.pop((slot, row))
-            assert prompt is not None
-            n = int(counts[slot, row])
-            tokens = out[slot, row, :n].copy()
-            stop: Literal["stop", "length"]
-            stop = "stop" if int(tokens[-1]) in self.stop_set else "length"
-            self.results[prompt][sample] = Sample(tokens, logp[slot, row, :n].copy(), stop)
-            self.sampler.stats.response_tokens += n
-        busy = {slot for slot, _ in self.owner}
-        for slot, waiting in enumerate(self.waiting):
-            if slot not in busy and not waiting:
-                self.group[slot] = None
-        stats, steps = self.sampler.stats, int(clock) - self.steps
-        self.steps = int(clock)
-        stats.steps += steps
-        stats.slots += steps * self.num_groups * self.num_rows
+    def start_rows(self) -> None:
+        """Seats waiting samples in free rows; their first token comes with the next step."""
+        starts = self.scheduler.start()
+        if not starts:
+            return
+        size = power_of_two(len(starts))
+        requests, samples = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+        for i, (_, _, seat) in enumerate(starts):
+            requests[i], samples[i] = self.ids[seat.prompt], seat.sample
+        keys = np.asarray(_keys(np.uint32(self.seed), requests, samples))
+        for i, (shard, row, seat) in enumerate(starts):
+            at = shard, row
+            self.rows["count"][at], self.rows["newest"][at] = 0, 0
+            self.rows["limit"][at] = self.limits[seat.prompt][seat.sample]
+            self.rows["done"][at], self.rows["key"][at] = False, keys[i]
+            self.parts[seat.prompt, seat.sample] = []
+
+    def fit(self) -> None:
+        """Moves the live rows into a smaller program when half are idle; grows the ring."""
+        scheduler, engine = self.scheduler, self.sampler.engine
+        needed = int(self.rows["count"][~self.rows["done"]].max()) + engine.chunk
+        columns = ring_columns(needed, self.longest, engine)
+        shape, rows = scheduler.smaller(engine.min_rows), None
+        if shape is not None:
+            rows, slots = scheduler.move(shape)
+            self.rows = self.moved(shape, rows, slots)
+            held = {name: self.state[name] for name in ("prompt", "first_hidden")}
+            self.state |= _pick(held, slots)
+        elif columns <= self.columns:
+            return
+        self.columns = columns
+        ring, column = _resize(self.state["ring"], self.state["column"], rows, columns=columns)
+        self.state |= {"ring": ring, "column": column}
+
+    def moved(self, shape: Shape, rows: np.ndarray, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """What the host knows of the rows, after `Scheduler.move`."""
+        shard = np.arange(shape.shards)[:, None]
+        new = {
+            name: x[shard, slots if name == "prompt_len" else rows] for name, x in self.rows.items()
+        }
+        new["done"] = np.ones((shape.shards, shape.rows), bool)
+        for f, row, _ in self.scheduler.live():
+            new["done"][f, row] = False
+        return new
+
+    def decode(self) -> None:
+        """One chunk of steps; while responses wait, no longer than till a row falls free."""
+        sampler, rows = self.sampler, self.rows
+        members, place = self.scheduler.tables()
+        live = ~rows["done"]
+        steps = sampler.engine.chunk
+        if self.scheduler.has_waiting:
+            least = int((rows["limit"] - rows["count"])[live].min())
+            steps = min(steps, max(least, steps // 4, 1))
+        began = time.perf_counter()
+        self.state, after, ran, drawn = _decode(
+            self.weights.top,
+            self.weights.layers,
+            self.state,
+            rows | {"members": members, "place": place},
+            np.int32(steps),
+            self.sampling,
+            self.stop_tokens,
+            config=sampler.config,
+            dtype=sampler.dtype,
+            chunk=sampler.engine.chunk,
+            cuts=self.cuts,
+            num_tokens=sampler.num_tokens,
+        )
+        after, ran, drawn = jax.device_get((after, ran, drawn))
+        sampler.stats.device_seconds += time.perf_counter() - began
+        sampler.stats.steps += int(ran)
+        sampler.stats.slots += int(ran) * rows["done"].size
+        self.harvest({name: np.array(x) for name, x in after.items()}, drawn)
+
+    def harvest(self, after: dict[str, np.ndarray], drawn: Drawn) -> None:
+        """Appends what each row drew, and takes the finished responses out."""
+        grown = after["count"] - self.rows["count"]
+        self.rows |= after
+        for shard, row, seat in list(self.scheduler.live()):
+            parts = self.parts[seat.prompt, seat.sample]
+            parts.append(Drawn(*(x[: grown[shard, row], shard, row] for x in drawn)))
+            if after["done"][shard, row]:
+                self.finish(self.scheduler.finish(shard, row))
+
+    def finish(self, seat: Seat) -> None:
+        tokens, logprobs, sampling_logprobs = (
+            np.concatenate(x) for x in zip(*self.parts.pop((seat.prompt, seat.sample)), strict=True)
+        )
+        stop: Literal["stop", "length"]
+        stop = "stop" if int(tokens[-1]) in self.stop_set else "length"
+        self.results[seat.prompt][seat.sample] = Sample(tokens, logprobs, sampling_logprobs, stop)
+        self.sampler.stats.response_tokens += len(tokens)

@@ -2,7 +2,8 @@
 
 A row's key is fold_in(fold_in(fold_in(seed, request), sample), count), so a draw depends on the
 request and on how many tokens it has, never on the batch around it. Truncation finds a threshold
-by bisection instead of sorting the vocabulary. temperature 0 is greedy.
+by bisection instead of sorting the vocabulary, and the draw needs sums and maxima alone, so a
+vocabulary that is cut over devices never travels. temperature 0 is greedy.
 
 Axes: B rows, V vocabulary.
 """
@@ -67,6 +68,70 @@ def truncate(
     return jnp.where(logits >= _threshold(logits, heavy), logits, MASKED)
 
 
+def num_blocks(size: int) -> int:
+    """Into how many equal blocks a vocabulary is cut: near its root, a large power of two in it.
+
+    So the blocks of a sharded vocabulary stay on their devices.
+    """
+    even = size & -size
+    while even * even > 2 * size:
+        even //= 2
+    odd = size // even
+    factors = [n for n in range(1, odd + 1) if odd % n == 0 and (even * n) ** 2 <= 2 * size]
+    return even * factors[-1]
+
+
+class Drawn(NamedTuple):
+    """token, and its log-probability in nats: of the policy itself, and as it was sampled.
+
+    logprob: at temperature 1 over the whole vocabulary, nothing cut off, which is what
+    distillation and importance ratios compare with. sampling_logprob: under the distribution that
+    the token was drawn from; 0 when greedy.
+    """
+
+    token: Int[Array, " B"]
+    logprob: Float[Array, " B"]
+    sampling_logprob: Float[Array, " B"]
+
+
+def _largest(x: Float[Array, "B N"]) -> tuple[Float[Array, "B 1"], Int[Array, " B"]]:
+    """The largest value of each row and its index, the lowest of equal ones."""
+    top = jnp.max(x, axis=-1, keepdims=True)
+    index = jnp.where(x == top, jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1])
+    return top, jnp.min(index, axis=-1)
+
+
+def _two_levels(
+    scores: Float[Array, "B V"], keys: UInt32[Array, "B 2"], counts: Int[Array, " B"], greedy: bool
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token drawn from softmax(scores), and its log-probability; the argmax when greedy.
+
+    Gumbel-max twice: a block by its log-sum-exp, then a token of the block by its score. By the
+    chain rule this is softmax(scores) exactly, and a row needs about 2 sqrt(V) random numbers.
+    """
+    blocks = num_blocks(scores.shape[-1])
+    x = scores.reshape(len(scores), blocks, -1)
+    top = jnp.max(x, axis=-1)
+    mass = top if greedy else top + jnp.log(jnp.sum(jnp.exp(x - top[..., None]), axis=-1))
+
+    def gumbel(key: Array, count: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
+        return jax.random.gumbel(key, (blocks + x.shape[-1],), jnp.float32)
+
+    noise = 0 if greedy else jax.vmap(gumbel)(keys, counts)
+    outer, inner = (0, 0) if greedy else (noise[:, :blocks], noise[:, blocks:])  # type: ignore[index]
+    _, block = _largest(mass + outer)
+    chosen = jnp.arange(blocks) == block[:, None]
+    within = jnp.sum(jnp.where(chosen[..., None], x, 0), axis=1)  # a sum, so that shards agree
+    _, token = _largest(within + inner)
+    if greedy:
+        logprob = jnp.zeros(len(scores))
+    else:
+        picked = jnp.take_along_axis(within, token[:, None], axis=-1)[:, 0]
+        logprob = picked - jax.nn.logsumexp(mass, axis=-1)
+    return block * x.shape[-1] + token, logprob
+
+
 def select(
     logits: Float[Array, "B V"],
     keys: UInt32[Array, "B 2"],
@@ -75,21 +140,14 @@ def select(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
     cuts: Cuts,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One token a row and its log-probability in nats.
-
-    The log-probability is that of the policy itself (temperature 1, nothing cut off), which is
-    what distillation and importance ratios compare with.
-    """
-
-    def noise(key: Array, count: Array) -> Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
-        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
-
+    num_tokens: int | None = None,
+) -> Drawn:
+    """One token a row. num_tokens: ids from there on pad the vocabulary and are never drawn."""
     scores = logits
+    if num_tokens is not None and num_tokens < logits.shape[-1]:
+        scores = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, MASKED)
     if not cuts.greedy:
-        scores = truncate(logits / temperature, top_k, top_p, cuts)
-        scores = scores + jax.vmap(noise)(keys, counts)
-    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    return token, logp
+        scores = truncate(scores / temperature, top_k, top_p, cuts)
+    token, sampling_logprob = _two_levels(scores, keys, counts, cuts.greedy)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return Drawn(token, picked - jax.nn.logsumexp(logits, axis=-1), sampling_logprob)

@@ -1,0 +1,106 @@
+"""Attention of sampling: one new token a row, against the prompts' cache and the rows' own ring.
+
+The rows that read one prompt are gathered, so that the prompt's keys and values are read once for
+all of them. Prompt and ring are joined by one float32 maximum and one sum (never differentiated).
+
+Axes: F shards, n prompt slots and b rows of a shard, N = F n, B = F b, M members of a slot,
+K key-value heads, R query heads for each of them, P prompt columns, C ring columns, d head width.
+See cache.py for the segments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pmd_jax.policy.attention import MASKED, Window
+from pmd_jax.policy.cache import Segment, gather
+
+
+class Seats(NamedTuple):
+    """Who reads what. members: the rows that read a slot. place: slot * M + member of each row.
+
+    Both count within the shard. prompt_len: of each slot. count: tokens of each row in its ring,
+    the newest included, so that the reader's position is prompt_len + count - 1.
+    """
+
+    members: Int[Array, "F n M"]
+    place: Int[Array, "F b"]
+    prompt_len: Int[Array, " N"]
+    count: Int[Array, " B"]
+
+
+class Part(NamedTuple):
+    """What a row took from one segment: weighted values, the sum of weights, their maximum."""
+
+    value: Float[Array, "... d"]
+    total: Float[Array, ...]
+    top: Float[Array, ...]
+
+
+def _attend(q: Float[Array, "X K m d"], segment: Segment, mask: Array) -> Part:
+    """Softmax weights of m queries on one segment, not yet divided by their sum."""
+    k, v, k_scale, v_scale = segment
+    s = jnp.einsum("xkmd,xkds->xkms", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    s = s * q.shape[-1] ** -0.5
+    if k_scale is not None:
+        s = s * k_scale[..., None, :]
+    s = jnp.where(mask, s, MASKED)
+    top = jnp.max(s, axis=-1)
+    weights = jnp.where(mask, jnp.exp(s - top[..., None]), 0)
+    total = jnp.sum(weights, axis=-1)
+    if v_scale is not None:
+        weights = weights * v_scale[..., None, :]
+    value = jnp.einsum(
+        "xkms,xksd->xkmd",
+        weights.astype(q.dtype),
+        v.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return Part(value, total, top)
+
+
+def cached(
+    q: Float[Array, "B H d"],
+    prompt: Segment,
+    ring: Segment,
+    seats: Seats,
+    ring_age: Int[Array, " C"],
+    window: Window = None,
+) -> Float[Array, "B H d"]:
+    """The context of one new token a row. A row that sees nothing gets zeros.
+
+    ring_age: how many steps ago each column was written, 0 for the one of this step.
+    """
+    heads, width = ring.v.shape[1], q.shape[-1]
+    own = q.reshape(len(q), heads, -1, width)  # [B, K, R, d]
+    members, repeats = seats.members.shape[2], own.shape[2]
+
+    asking = gather(own, seats.members).swapaxes(1, 2)  # [N, K, M, R, d]
+    asking = asking.reshape(*asking.shape[:2], members * repeats, width)
+    positions = jnp.arange(prompt.v.shape[2])
+    seen = (positions < seats.prompt_len[:, None])[:, None, None]  # [N, 1, 1, P]
+    visible = seats.count
+    if window is not None:
+        reader = seats.prompt_len[:, None] + gather(seats.count, seats.members) - 1  # [N, M]
+        near = reader[..., None] - positions < window
+        seen &= jnp.repeat(near, repeats, axis=1)[:, None]
+        visible = jnp.minimum(visible, window)
+    shared = _attend(asking, prompt, seen)
+
+    def of_rows(x: Array) -> Array:
+        """[N, K, M * R, ...] -> [B, K, R, ...]"""
+        x = x.reshape(*x.shape[:2], members, repeats, *x.shape[3:]).swapaxes(1, 2)
+        return gather(x.reshape(-1, *x.shape[2:]), seats.place)
+
+    shared = Part(*(of_rows(x) for x in shared))
+    mine = _attend(own, ring, (ring_age < visible[:, None])[:, None, None])
+
+    top = jnp.maximum(shared.top, mine.top)
+    parts = [(part, jnp.exp(part.top - top)) for part in (shared, mine)]
+    total = sum(part.total * scale for part, scale in parts)
+    value = sum(part.value * scale[..., None] for part, scale in parts)
+    out = value / jnp.maximum(total, 1e-30)[..., None]  # type: ignore[arg-type]
+    return out.reshape(q.shape).astype(q.dtype)
