@@ -62,7 +62,9 @@ class Policy:
         self.mesh, self.dtype = mesh, jnp.dtype(dtype)
         self._params = params
         self._weights: Weights | None = None
-        self._sampler = Sampler(config, engine or EngineConfig(), mesh, self.dtype)
+        self._sampler = Sampler(
+            config, engine or EngineConfig(), mesh, self.dtype, tokenizer.vocab_size
+        )
 
     @property
     def params(self) -> model.Params:

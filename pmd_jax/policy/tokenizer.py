@@ -178,10 +178,7 @@ class _Fast:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
