@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from pmd_jax.policy.rope import Rope, read_rope
 
-
 Attention = Literal["xla", "splash", "cudnn"]
 
 

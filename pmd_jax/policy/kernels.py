@@ -148,9 +148,7 @@ def saveable(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *_, **params)
 
 
-def _by_window(
-    attend: Callable[[int | None], Array], window: Window, config: ModelConfig
-) -> Array:
+def _by_window(attend: Callable[[int | None], Array], window: Window, config: ModelConfig) -> Array:
     """Kernels know their window when compiled; in a scan over layers it is known when run."""
     if window is None or isinstance(window, int):
         return attend(window)
