@@ -1,5 +1,7 @@
 """Attention, in the three shapes that the policy needs, written once in plain XLA.
 
+It runs everywhere, and is what the kernels of accelerators (kernels.py) are tested against.
+
 causal   training and prefill: rows of right-padded tokens.
 grouped  distillation: the responses of a group read one copy of each prompt of the group.
 decode   sampling: one new token a row; the group's prompt cache is read once for the group.

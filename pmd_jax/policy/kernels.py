@@ -335,7 +335,8 @@ def cudnn_responses(
     """Responses that read [pad, prompt, own]; `first` is the column where the prompt begins."""
     (readers, read), length = (q.shape[1], k.shape[1]), k.shape[1] - q.shape[1]
     q, k, v = _columns(q, length, length), _columns(k, 0, length), _columns(v, 0, length)
-    out = cudnn_rows(*(_slices(x, first, read) for x in (q, k, v)), window=window)
+    q, k, v = (_slices(x, first, read) for x in (q, k, v))
+    out = cudnn_rows(q, k, v, window)
     return _slices(out, length - first, readers)
 
 
