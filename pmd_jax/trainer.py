@@ -153,7 +153,10 @@ class Trainer:
             "openai:"
         ):
             self.writer_policy = load_policy(
-                config.reflection.writer, config.model.dtype, policy.mesh
+                config.reflection.writer,
+                config.model.dtype,
+                policy.mesh,
+                attention=config.model.attention,
             )
         optimizer = make_optimizer(config.optimizer, policy.config)
         ema = config.distill.teacher == "ema"

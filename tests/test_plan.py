@@ -293,6 +293,29 @@ def test_the_largest_that_fits_is_the_last_below_the_budget():
     assert list(plan.micro_batches(work((3, 16, 2, 32, 4, 32), mesh=(2, 1, 1)))) == [3]
 
 
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_kernels_need_no_room_for_scores(attention):
+    """Twice the tokens take about twice the room, where XLA's scores take four times as much."""
+    grows = {}
+    for name in ("xla", attention):
+        config = dataclasses.replace(MIDDLE, attention=name)
+        made = [work((1, n, 1, n, 2, 2 * n), config) for n in (256, 512)]
+        short, long = (account.backward_bytes(w, account.sides(w, 1)[0], 1) for w in made)
+        grows[name] = long / short
+    assert grows["xla"] > 3 and 1.8 < grows[attention] < 2.2
+
+
+@pytest.mark.parametrize("remat", ["full", "context"])
+def test_what_cudnn_keeps_is_known_without_a_gpu(monkeypatch, remat):
+    """To the byte where prompts and responses fill the blocks of splash."""
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
+    config = dataclasses.replace(MIDDLE, attention="cudnn")
+    asked = (config, (128, 1, 128, 2, 128), remat, jnp.dtype("bfloat16"))
+    assert account.kept_bytes(*asked) == account.traced_bytes(*asked)
+
+
 # --- the command --------------------------------------------------------------------------------
 
 

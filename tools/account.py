@@ -34,7 +34,7 @@ from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.distill.objectives import check_micro_batch, chunk_length
 from pmd_jax.distill.update import TrainState, make_optimizer
 from pmd_jax.policy import cache
-from pmd_jax.policy.families import ModelConfig, read_config, weight_table
+from pmd_jax.policy.families import Attention, ModelConfig, read_config, weight_table
 from pmd_jax.policy.model import Params, dual_hidden, stacked_axes, stacked_shape, tree_of
 from pmd_jax.policy.policy import find_model
 from pmd_jax.policy.sampler import MAX_PREFILL, bucket, slots
@@ -266,26 +266,50 @@ def state_lines(work: Work) -> tuple[Line, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What one forward pass is about: tokens, and the (reader, read) pairs of its attention.
+    """What one forward pass is about: tokens, and the (reader, read) pairs that it computes.
 
-    Pairs of prompts and of responses exist one after the other.
+    Pairs of prompts and of responses exist one after the other. read: the columns of keys that
+    all responses read together, where a kernel has them as rows.
     """
 
     tokens: int
     prompt_pairs: int
     response_pairs: int
+    read: int = 0
 
     @property
     def pairs(self) -> int:
         return self.prompt_pairs + self.response_pairs
 
 
+def row_pairs(attention: Attention, tokens: int, before: int = 0) -> int:
+    """The pairs that a row computes, behind so many tokens that it reads as well.
+
+    XLA computes all of them; kernels leave out what causality hides, but for parts of blocks, and
+    cuDNN computes the tokens before as readers too. What windows hide is counted.
+    """
+    if attention == "xla":
+        return tokens * (before + tokens)
+    hidden = tokens * (tokens - 1) // 2
+    readers = before * (before + 1) // 2 if attention == "cudnn" else 0
+    return readers + tokens * (before + tokens) - hidden
+
+
 def sides(work: Work, groups: int) -> tuple[Side, Side]:
     """Student and teacher of the fused forward over so many groups."""
     p, s, q, g, t = work.sizes
-    n, response = groups, groups * g * t
-    student = Side(n * p + response, n * p * p, response * (p + t))
-    return student, Side(n * s * q + response, n * s * q * q, response * (q + t))
+    pairs = functools.partial(row_pairs, work.model.attention)
+
+    def side(prompts: int, length: int) -> Side:
+        rows, responses = groups * prompts, groups * g
+        return Side(
+            rows * length + responses * t,
+            rows * pairs(length),
+            responses * pairs(t, length),
+            responses * (length + t),
+        )
+
+    return side(1, p), side(s, q)
 
 
 # Arrays of one kind that XLA keeps at once, found by compiling (tests/test_plan.py).
@@ -297,16 +321,31 @@ LOGITS_MIXED = 8  # with the mixture of jensen_shannon over the whole vocabulary
 
 
 def scores_bytes(work: Work, side: Side) -> int:
-    """One array of one layer's attention scores, which are float32."""
+    """One array of one layer's attention scores, float32, which kernels never write."""
+    if work.model.attention != "xla":
+        return 0
     return 4 * work.slice.num_heads * max(side.prompt_pairs, side.response_pairs)
 
 
+def rows_bytes(work: Work, side: Side) -> int:
+    """What a kernel reads and writes: queries, keys, values and output, in its layout and ours.
+
+    Each response has its prompt's keys and values in its row; with cuDNN, queries as well.
+    """
+    model, attention = work.slice, work.model.attention
+    if attention == "xla":
+        return 0
+    queries = side.read if attention == "cudnn" else side.tokens
+    heads = 4 * queries * model.num_heads + 4 * side.read * model.num_kv_heads
+    return heads * model.head_dim * work.dtype.itemsize
+
+
 def forward_bytes(work: Work, side: Side) -> int:
-    """The working set of one layer: float32 scores, or else the MLP's arrays."""
+    """The working set of one layer: what attention makes, or else the MLP's arrays."""
     model, size = work.slice, work.dtype.itemsize
-    scores = SCORES_FORWARD * scores_bytes(work, side)
+    attended = SCORES_FORWARD * scores_bytes(work, side) + rows_bytes(work, side)
     mlp, stream = 3 * side.tokens * model.mlp_width * size, 4 * side.tokens * model.width * size
-    return max(scores, mlp) + stream
+    return max(attended, mlp) + stream
 
 
 def cast_bytes(work: Work) -> int:
@@ -351,12 +390,23 @@ def sampling(work: Work, max_rows: int) -> Phase:
     )
 
 
-@functools.cache
 def kept_bytes(model: ModelConfig, sizes: tuple[int, ...], remat: Any, dtype: Any) -> int:
     """What JAX keeps of one group for the student's backward pass through all layers.
 
-    sizes: P, S, Q, G, T. Asked of JAX: what two groups make it keep, less what one does.
+    sizes: P, S, Q, G, T. cuDNN cannot be traced without a GPU: it keeps what splash does, and
+    outputs in the columns of each response's prompt, too.
     """
+    if model.attention != "cudnn":
+        return traced_bytes(model, sizes, remat, dtype)
+    p, _, _, g, _ = sizes
+    unread = g * p * model.num_heads * (model.head_dim * dtype.itemsize + 4)
+    more = 0 if remat == "full" else model.num_layers * unread
+    return more + traced_bytes(dataclasses.replace(model, attention="splash"), sizes, remat, dtype)
+
+
+@functools.cache
+def traced_bytes(model: ModelConfig, sizes: tuple[int, ...], remat: Any, dtype: Any) -> int:
+    """Asked of JAX: what two groups make it keep, less what one does."""
     p, s, q, g, t = sizes
     params = tree_of(
         {w.path: jax.ShapeDtypeStruct(stacked_shape(w, model), F32) for w in weight_table(model)}
@@ -387,7 +437,9 @@ def backward_bytes(work: Work, side: Side, groups: int) -> int:
     """The working set of one layer's backward pass: what is recomputed, and cotangents."""
     model, size = work.slice, work.dtype.itemsize
     arrays = side.tokens * (2 * model.mlp_width + 4 * model.width) * size
-    cotangents = 4 * SCORES_BACKWARD * model.num_heads * side.pairs + arrays
+    scores = 4 * SCORES_BACKWARD * model.num_heads * side.pairs
+    attended = scores if model.attention == "xla" else rows_bytes(work, side)
+    cotangents = attended + arrays
     if work.config.distill.remat == "none":
         return cotangents
     whole = groups * kept_bytes(model, work.sizes, "none", work.dtype)

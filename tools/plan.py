@@ -4,6 +4,7 @@
         --config.mesh.tensor=2
 
 --devices N           devices of the mesh that config.mesh describes (default 8)
+--platform NAME       of the devices, gpu, tpu or cpu: auto attention goes by it (default gpu, H100)
 --memory GB           of one device, 10^9 bytes each (default 80); 16, 32, 80 and 95 are told too
 --prompt-tokens N     length of the student's prompts (default 1024)
 --teacher-tokens N    of the teacher's (default: teacher.max_prompt_tokens, the most there can be)
@@ -15,7 +16,8 @@ Only config.json of the model is read; no weights, and no device but the CPU. Th
 run works here as it is.
 
 Every line says whether its bytes are counted or estimated (account.py). All FLOPs are those of
-matrix products; attention counts masked scores too, since plain XLA computes them.
+matrix products; attention counts masked scores where plain XLA computes them, and for kernels what
+causality shows, windows left aside, with what they compute again in their backward pass.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from rich.table import Table
 from pmd_jax import settings
 from pmd_jax.config import RunConfig
 from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy.kernels import choose_attention
 from pmd_jax.policy.model import stacked_shape
 from pmd_jax.policy.sampler import bucket
 from tools.account import (
@@ -42,12 +45,16 @@ from tools.account import (
     Work,
     abstract_mesh,
     read_model,
+    row_pairs,
     sampling,
     scores_bytes,
     sides,
     training,
 )
 
+BACKWARD = {"xla": 4, "cudnn": 5, "splash": 7}
+"""Products of scores in attention's backward pass, of which there are two forward. cuDNN computes
+the scores again; splash does so twice, and their gradients as well."""
 BUDGETS = (16, 32, 80, 95)  # GB of a device: v5e, v6e, H100, v5p
 
 
@@ -95,21 +102,24 @@ def flops(work: Work) -> dict[str, int]:
     per_pair = 4 * model.num_layers * model.num_heads * model.head_dim  # q with k, then with v
     per_logits = 2 * model.width * model.vocab_size
     student, teacher = sides(work, work.groups)
-    own = per_token * student.tokens + per_pair * student.pairs
+    attended = per_pair * student.pairs
+    own = per_token * student.tokens + attended
+    backward = 2 * per_token * student.tokens + BACKWARD[model.attention] * attended // 2
     again = own
     if model.norms == "before":  # nothing reads the layer's last product again
         again -= 2 * model.num_layers * matrices["down"] * student.tokens
     if config.distill.remat == "context":
-        again -= per_pair * student.pairs // 2
+        again -= attended // 2 if model.attention == "xla" else attended
     prompt, ring = bucket(work.prompt_tokens, 64), bucket(config.rollout.max_new_tokens, 16)
+    before = row_pairs(model.attention, prompt)
     problems = config.rollout.problems_per_step
     sampled = problems * g * work.response_tokens
     return {
-        "rollout: prefill": problems * (per_token * prompt + per_pair * prompt * prompt),
+        "rollout: prefill": problems * (per_token * prompt + per_pair * before),
         "rollout: decode": sampled * (per_token + per_pair * (prompt + ring)),
         "rollout: output head": sampled * per_logits,
         "distill: student forward": own,
-        "distill: student backward": 2 * own,
+        "distill: student backward": backward,
         "distill: student recomputed": 0 if config.distill.remat == "none" else again,
         "distill: teacher forward": per_token * teacher.tokens + per_pair * teacher.pairs,
         "distill: output head, both ways": 4 * per_logits * work.groups * g * t,
@@ -123,6 +133,7 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this tool, and what is left of the command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--platform", choices=("gpu", "tpu", "cpu"), default="gpu")
     parser.add_argument("--memory", type=float, default=80)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--teacher-tokens", type=int, default=0)
@@ -136,6 +147,16 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')}: must be above 0; got {value}")
     return options, rest
+
+
+def with_attention(model: ModelConfig, config: RunConfig, platform: str) -> tuple[ModelConfig, str]:
+    """The model with the attention that the run would choose there, and why not the devices' own.
+
+    Raises ValueError for one asked for by name that cannot run there.
+    """
+    asked, capability = config.model.attention, "9.0" if platform == "gpu" else ""
+    name, reason = choose_attention(asked, model, config.model.dtype, platform, capability)
+    return dataclasses.replace(model, attention=name), reason
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
@@ -213,7 +234,13 @@ def show(told: Mapping[str, Any], console: Console) -> None:
         f"{assumed['teacher_tokens']:,}, responses of {assumed['response_tokens']:,}",
     )
     scores = told["attention_scores_bytes"] / 1e9
-    about.add_row("attention", f"scores of one layer, once, in training: {scores:,.3f} GB a device")
+    about.add_row(
+        "attention",
+        told["attention_reason"].removeprefix("attention: ")
+        or {"xla": "plain xla"}.get(told["attention"], f"{told['attention']}, writes no scores"),
+    )
+    if scores:
+        about.add_row("", f"scores of one layer, once, in training: {scores:,.3f} GB a device")
     console.print(about)
     for name in ("sampling", "training"):
         console.print(memory_table(name, told[name], told["memory_gigabytes"]))
@@ -284,9 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = read_options(sys.argv[1:] if argv is None else argv)
         spec, overrides, _ = settings.parse_arguments(rest, __doc__ or "")
         config = settings.build(RunConfig, settings.load_config(spec, overrides))
+        model, reason = with_attention(read_model(config.model.path), config, options.platform)
         work = Work(
             config,
-            read_model(config.model.path),
+            model,
             abstract_mesh(config.mesh, options.devices),
             options.prompt_tokens,
             options.teacher_tokens,
@@ -295,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = answer(work, options)
+    told = answer(work, options) | {"attention": model.attention, "attention_reason": reason}
     if options.json:
         print(json.dumps(told, indent=1))
     else:

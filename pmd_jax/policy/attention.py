@@ -1,5 +1,7 @@
 """Attention, in the two shapes that whole rows need, written once in plain XLA.
 
+It runs everywhere, and is what the kernels of accelerators (kernels.py) are tested against.
+
 causal   training and prefill: rows of right-padded tokens.
 grouped  distillation: the responses of a group read one copy of each prompt of the group.
 

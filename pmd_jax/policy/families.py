@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 from pmd_jax.policy.rope import Rope, read_rope
 
+Attention = Literal["xla", "splash", "cudnn"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -32,6 +34,7 @@ class ModelConfig:
     norms: whether RMSNorms stand before attention and MLP, after, or both. norm_offset: added to
     their weights, 1 where the files store weights around 0. qk_norm: RMSNorm of q and k over each
     head or over the whole projection. embed_scale multiplies embeddings, query_scale the scores.
+    attention: what computes it (kernels.py); not of the file, but of the devices.
     """
 
     family: str
@@ -55,6 +58,7 @@ class ModelConfig:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embed_scale: float = 1.0
     query_scale: float | None = None
+    attention: Attention = "xla"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

