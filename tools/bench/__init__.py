@@ -1,0 +1,1 @@
+"""The bench: speed and memory, beside other libraries on the same work."""

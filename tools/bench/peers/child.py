@@ -1,0 +1,44 @@
+"""The child's side of a peer: answers the parent's requests, one line of JSON each.
+
+An exception is not caught: it ends the process, and the parent reads its last lines from stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+
+class Work(Protocol):
+    """A workload that was prepared: what the peer tells of itself, and the work."""
+
+    about: dict[str, Any]
+
+    def run(self) -> dict[str, Any]: ...
+
+
+def serve(kinds: Mapping[str, Callable[[dict[str, Any]], Work]]) -> None:
+    """Answers until stdin ends. kinds: for each workload["kind"], what prepares it."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # prints, those of C libraries too, go to stderr
+    sys.stdout = sys.stderr
+    work = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "prepare":
+            workload = request["workload"]
+            if workload["kind"] not in kinds:
+                raise ValueError(f"kind: must be one of {list(kinds)}; got {workload['kind']!r}")
+            work = kinds[workload["kind"]](workload)
+            answer = work.about
+        elif request["do"] == "run":
+            if work is None:
+                raise ValueError("run: nothing was prepared")
+            answer = work.run()
+        else:
+            raise ValueError(f"do: must be prepare or run; got {request['do']!r}")
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
