@@ -1,0 +1,286 @@
+"""The peer transformers: a rollout by `generate`, at the fastest of its settings on this machine.
+
+Ways that are tried, each at several batch sizes:
+
+* generate: left-padded batches sorted by length; every row prefills its own prompt, as
+  num_return_sequences does too. With a dynamic or a static cache.
+* shared: the same, but each prompt is prefilled once by hand and its cache given to its samples.
+* continuous: transformers' continuous batching, which puts a new request in a finished one's place.
+
+A calibration measures the prefill and a few decode steps of one batch and predicts the whole.
+workload["ways"] keeps only the named ways; workload["choice"], from an earlier prepare, skips it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+
+from tools.bench.peers.batches import (
+    STEPS,
+    Row,
+    cut,
+    predicted,
+    report,
+    rows_of,
+    sizes_for,
+)
+from tools.bench.peers.child import serve
+
+PAD = 0  # rows carry masks, so any token will do
+WAYS = ("generate", "shared", "continuous")
+REQUESTS = (8, 16, 32, 64, 256)  # concurrent requests of continuous batching that are tried
+PAGE = 32  # tokens of a page of its cache: prompts are shared by whole pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """way: one of WAYS. size: rows of a batch, or concurrent requests. cache: of generate."""
+
+    way: str
+    size: int
+    cache: str = "dynamic"
+
+    def __str__(self) -> str:
+        if self.way == "continuous":
+            return f"continuous batching of {self.size} requests"
+        prompts = "each prompt prefilled once" if self.way == "shared" else "a prompt for every row"
+        return f"generate, sorted by length, batches of {self.size}, {self.cache} cache, {prompts}"
+
+
+class Lengths(StoppingCriteria):
+    """Ends every row at its own length."""
+
+    eos_token_id = None  # its presence makes generate pad the rows that have ended
+
+    def __init__(self, lengths: list[int], columns: int, device: str):
+        self.lengths = torch.tensor(lengths, device=device)
+        self.columns = columns
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.lengths <= input_ids.shape[1] - self.columns
+
+
+class Timed(Lengths):
+    """Lengths that note when each step ended."""
+
+    def __init__(self, lengths: list[int], columns: int, device: str):
+        super().__init__(lengths, columns, device)
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return super().__call__(input_ids, scores)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Temperature 0 is greedy; nothing is cut off."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Rollout:
+    """A prepared workload of kind "rollout"."""
+
+    def __init__(self, workload: dict[str, Any]):
+        self.device, self.prompts = workload["device"], workload["prompts"]
+        self.rows = rows_of(workload)
+        dtype = getattr(torch, workload["dtype"])
+        model = AutoModelForCausalLM.from_pretrained(workload["model"], dtype=dtype)
+        self.model = model.to(self.device).eval()
+        self.config = GenerationConfig(
+            **sampling(workload["temperature"]),
+            pad_token_id=PAD,
+            eos_token_id=None,
+        )
+        self.model.generation_config = self.config  # what is None would be taken from the model's
+        torch.manual_seed(workload["seed"])
+        self.calibration: dict[str, float] = {}
+        if "choice" in workload:
+            self.choice = Choice(**workload["choice"])
+        else:
+            self.choice = self.calibrate(workload.get("ways", WAYS))
+        self.about = {
+            "library": "transformers",
+            "version": f"{transformers.__version__}, torch {torch.__version__}",
+            "setting": str(self.choice),
+            "choice": dataclasses.asdict(self.choice),
+            "calibration": self.calibration,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Does the work once; the tokens have come to the host when the clock stops."""
+        began = time.perf_counter()
+        rows, responses = self.work(self.choice)
+        return report(rows, responses, time.perf_counter() - began)
+
+    def work(self, choice: Choice) -> tuple[list[Row], list[list[int]]]:
+        if choice.way == "continuous":
+            rows = sorted(self.rows, key=lambda row: (-row.length, row.prompt))
+            return rows, self.continuous(choice, rows)
+        cache = self.prefill() if choice.way == "shared" else None
+        done: list[Row] = []
+        responses: list[list[int]] = []
+        for batch in cut(self.rows, choice.size):
+            columns = self.columns(batch, cache)
+            stop = Lengths([row.length for row in batch], columns, self.device)
+            tokens = self.generate(choice, batch, stop, cache)[:, columns:].tolist()
+            done += batch
+            responses += [made[: row.length] for made, row in zip(tokens, batch, strict=True)]
+        return done, responses
+
+    # --- generate -----------------------------------------------------------------------------
+
+    def padded(self, prompts: list[list[int]], columns: int) -> dict[str, torch.Tensor]:
+        ids = torch.full((len(prompts), columns), PAD)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, columns - len(prompt) :] = torch.tensor(prompt)
+            mask[i, columns - len(prompt) :] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def columns(self, batch: list[Row], shared: Any) -> int:
+        """Of the padded prompts: of all where their cache is shared, else of the batch's."""
+        prompts = self.prompts if shared else [self.prompts[row.prompt] for row in batch]
+        return max(map(len, prompts))
+
+    @torch.inference_mode()
+    def prefill(self) -> Any:
+        """The cache of all prompts but for their last tokens, which generate reads itself."""
+        columns = max(map(len, self.prompts))
+        inputs = {k: v[:, :-1] for k, v in self.padded(self.prompts, columns).items()}
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        out = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        return out.past_key_values
+
+    @torch.inference_mode()
+    def generate(self, choice: Choice, batch: list[Row], stop: Lengths, shared: Any):
+        kwargs: dict[str, Any] = {}
+        if shared is not None:
+            cache = transformers.DynamicCache(config=self.model.config)
+            which = torch.tensor([row.prompt for row in batch], device=self.device)
+            for i, layer in enumerate(shared.layers):
+                cache.update(layer.keys[which], layer.values[which], i)
+            kwargs["past_key_values"] = cache
+        elif choice.cache == "static":
+            kwargs["cache_implementation"] = "static"
+        return self.model.generate(
+            **self.padded([self.prompts[row.prompt] for row in batch], stop.columns),
+            max_new_tokens=int(stop.lengths.max()),
+            stopping_criteria=[stop],
+            **kwargs,
+        )
+
+    # --- continuous batching ------------------------------------------------------------------
+
+    def continuous(self, choice: Choice, rows: list[Row]) -> list[list[int]]:
+        """The tokens of each row; the requests queue in the order of `rows`."""
+        longest = max(len(self.prompts[row.prompt]) + row.length for row in rows)
+        settings = transformers.ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=choice.size * (-(-longest // PAGE) + 1),
+            max_batch_tokens=max(1024, choice.size),
+            max_requests_per_batch=choice.size,
+        )
+        if self.device == "cuda":  # sized by itself: the memory is there to be used
+            settings = transformers.ContinuousBatchingConfig(max_requests_per_batch=choice.size)
+        with self.model.continuous_batching_context_manager(
+            generation_config=self.config, continuous_batching_config=settings, block=True
+        ) as manager:
+            ids = [
+                manager.add_request(
+                    self.prompts[row.prompt], max_new_tokens=row.length, eos_token_id=-1
+                )
+                for row in rows
+            ]
+            results: dict[str, Any] = {}
+            while len(results) < len(ids):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    if result.error:
+                        raise RuntimeError(f"continuous batching: {result.error}")
+                    results[result.request_id] = list(result.generated_tokens)
+                elif result is None and not manager.is_running():
+                    raise RuntimeError("continuous batching: its thread ended before its requests")
+        return [results[i] for i in ids]
+
+    # --- calibration --------------------------------------------------------------------------
+
+    def calibrate(self, ways: Any) -> Choice:
+        """The setting with the shortest predicted time."""
+        times: dict[Choice, float] = {}
+        few = self.rows[:2]
+        self.generate(
+            Choice("generate", 2), few, Timed([2, 2], self.columns(few, None), self.device), None
+        )
+        for way in ("generate", "shared"):
+            if way in ways:
+                for size in sizes_for(len(self.rows)):
+                    self.predict(Choice(way, size), times)
+        if times and "generate" in ways:
+            of_generate = {c: t for c, t in times.items() if c.way == "generate"}
+            self.predict(Choice("generate", min(of_generate, key=times.get).size, "static"), times)  # type: ignore[arg-type]
+        if "continuous" in ways:
+            for size in REQUESTS:
+                if size <= len(self.rows):
+                    self.predict(Choice("continuous", size), times)
+        self.calibration = {str(c): round(t, 3) for c, t in times.items()}
+        return min(times, key=times.get)  # type: ignore[arg-type]
+
+    def predict(self, choice: Choice, times: dict[Choice, float]) -> None:
+        """Notes the predicted time, unless the setting does not work here."""
+        measure = self.time_continuous if choice.way == "continuous" else self.time_generate
+        try:
+            if self.device == "cuda":
+                measure(choice)  # kernels, graphs and compilation
+            times[choice] = measure(choice)
+            print(f"{times[choice]:8.1f} s predicted: {choice}", file=sys.stderr)
+        except Exception as error:  # out of memory, or a way that this device does not know
+            print(f"does not work here: {choice}: {error}", file=sys.stderr)
+
+    def time_generate(self, choice: Choice) -> float:
+        batches = cut(self.rows, choice.size)
+        batch = batches[len(batches) // 2]
+        began = time.perf_counter()
+        shared = self.prefill() if choice.way == "shared" else None
+        synchronize(self.device)
+        once = time.perf_counter() - began  # all prompts, for all batches
+        stop = Timed([STEPS + 1] * len(batch), self.columns(batch, shared), self.device)
+        began = time.perf_counter()
+        self.generate(choice, batch, stop, shared)
+        prefill = stop.times[0] - began
+        # The median step stands where half of the longest row's tokens would have been made; the
+        # cache grows little beside its prompt, so it is taken for all of them.
+        step = sorted(b - a for a, b in zip(stop.times, stop.times[1:], strict=False))[STEPS // 2]
+        return once + predicted(self.rows, choice.size, prefill, step)
+
+    def time_continuous(self, choice: Choice) -> float:
+        """From as many requests as run at once, of one token and of a few."""
+        some = self.rows[: choice.size]
+        times = []
+        for length in (1, 1 + STEPS):
+            began = time.perf_counter()
+            self.continuous(choice, [Row(row.prompt, row.sample, length) for row in some])
+            times.append(time.perf_counter() - began)
+        step = max(times[1] - times[0], 0) / STEPS
+        tokens = sum(row.length for row in self.rows)
+        return times[0] * len(self.rows) / choice.size + step * tokens / choice.size
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    serve({"rollout": Rollout})
