@@ -1,14 +1,25 @@
 """Peers of the bench: the protocol between the two processes, and what is said when it fails.
 
-Fake peers stand in for the libraries. The test marked `peers` holds TRL's loss against ours and
-needs an environment with torch, transformers and trl beside our own packages.
+Fake peers stand in for the libraries. The tests marked `peers` hold the tokens and losses of the
+real ones against ours, each with requirements-bench.txt in an environment of its own.
 """
 
+import os
 import sys
 import textwrap
 
+import jax
+import numpy as np
+import optax
 import pytest
+from toys import TEXT_CONFIG, make_sampler, params_on, toy_params, write_model_folder
 
+from pmd_jax.distill.batch import DistillGroup, build_batch, place
+from pmd_jax.distill.objectives import DistillConfig
+from pmd_jax.distill.update import loss_and_gradients
+from pmd_jax.policy.sampler import SamplingConfig
+from pmd_jax.policy.sharding import single_device_mesh
+from pmd_jax.records import Rollout
 from tools.bench import peers
 from tools.bench.peers import Library, Peer, PeerError, available
 
@@ -125,6 +136,123 @@ def test_an_interpreter_that_is_none_is_named(fake, tmp_path):
     assert "is no working Python" in available(name, "/bin/false")
 
 
+def test_every_peer_has_requirements_and_a_module():
+    for name, library in peers.PEERS.items():
+        assert any(
+            package.startswith(("transformers", "trl", "google-tunix"))
+            for package in library.packages
+        ), name
+        assert (peers.REPOSITORY / f"{library.module.replace('.', '/')}.py").exists()
+    assert peers.packages("trl")[0].startswith("torch==") and "" not in peers.packages("trl")
+
+
 def test_an_unknown_peer_is_named():
     with pytest.raises(PeerError, match="must be one of transformers, tunix, trl; got 'vllm'"):
         available("vllm")
+
+
+# --- the real libraries ---------------------------------------------------------------------
+# Run with `PEER_PYTHON=... python -m pytest -m peers -k trl`, where the interpreter of the peer's
+# environment need not have our packages.
+
+
+def real(name):
+    """A peer in the environment that PEER_PYTHON names; skips where its library is missing."""
+    python = os.environ.get("PEER_PYTHON")
+    if complaint := available(name, python):
+        pytest.skip(complaint)
+    return Peer(name, python)
+
+
+def toy_prompts(rng, count, low, high):
+    return [rng.integers(1, 256, rng.integers(low, high)).tolist() for _ in range(count)]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("transformers", {"way": "generate", "size": 5}),
+        ("transformers", {"way": "generate", "size": 5, "cache": "static"}),
+        ("transformers", {"way": "shared", "size": 5}),
+        ("transformers", {"way": "continuous", "size": 4}),
+        ("tunix", {"size": 5}),
+    ],
+)
+def test_every_library_makes_our_tokens_and_no_more(name, choice, tmp_path):
+    """Greedy, each response at its own length, rows of several lengths in a batch."""
+    peer, rng = real(name), np.random.default_rng(0)
+    folder = write_model_folder(tmp_path / "model", seed=1)
+    prompts = toy_prompts(rng, 3, 20, 60)
+    lengths = rng.integers(1, 20, (3, 4)).tolist()
+    with peer:
+        about = peer.prepare(
+            {
+                "kind": "rollout",
+                "model": str(folder),
+                "prompts": prompts,
+                "num_samples": 4,
+                "lengths": lengths,
+                "dtype": "float32",
+                "device": "cpu",
+                "seed": 0,
+                "temperature": 0,
+                "choice": choice,
+            }
+        )
+        result = peer.run()
+    sampler, weights = make_sampler(params=toy_params(1, TEXT_CONFIG), config=TEXT_CONFIG)
+    ours = sampler.generate(weights, prompts, lengths, SamplingConfig(temperature=0), [], 0)
+    assert result["responses"] == [one.tokens.tolist() for each in ours for one in each]
+    assert result["tokens"] == np.sum(lengths)
+    assert about["library"] == name and about["choice"] == {**choice, **about["choice"]}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("impl", ["trl", "plain"])
+def test_the_loss_of_trl_is_ours(impl, tmp_path):
+    """Value and norm of the gradient, responses and prompts of several lengths."""
+    peer, rng = real("trl"), np.random.default_rng(0)
+    folder = write_model_folder(tmp_path / "model", seed=1)
+    students, teachers = toy_prompts(rng, 2, 10, 30), toy_prompts(rng, 6, 20, 60)
+    responses = toy_prompts(rng, 6, 3, 12)
+    with peer:
+        peer.prepare(
+            {
+                "kind": "distill",
+                "model": str(folder),
+                "student_prompts": students,
+                "teacher_prompts": teachers,
+                "responses": responses,
+                "prompt_of": [0, 0, 0, 1, 1, 1],
+                "divergence": "reverse_kl",
+                "dtype": "float32",
+                "device": "cpu",
+                "impl": impl,
+                "choice": {"size": 4},
+            }
+        )
+        theirs = peer.run()
+        assert peer.run() == theirs | {"seconds": pytest.approx(theirs["seconds"], abs=60)}
+    rollouts = [
+        Rollout("toy", 0, i, "", np.int32(tokens), np.zeros(len(tokens), np.float32), "stop")
+        for i, tokens in enumerate(responses)
+    ]
+    groups = [
+        DistillGroup(student, teachers[i : i + 3], [True] * 3, rollouts[i : i + 3])
+        for student, i in zip(students, (0, 3), strict=True)
+    ]
+    config, mesh = DistillConfig(), single_device_mesh()
+    with jax.set_mesh(mesh):
+        loss, _, gradients = loss_and_gradients(
+            params_on(mesh, 1, TEXT_CONFIG),
+            None,
+            place(build_batch(groups), mesh),
+            config,
+            TEXT_CONFIG,
+            np.dtype("float32"),
+            1,
+        )
+    assert theirs["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert theirs["grad_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
+    assert theirs["tokens"] == sum(map(len, responses))

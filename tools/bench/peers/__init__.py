@@ -31,7 +31,7 @@ LAST_LINES = 3  # of a crashed peer's stderr, in the message
 class Library:
     """A peer: the module that runs it, what that module imports, and what pip is to install.
 
-    kinds: the workloads that it knows. packages: as in requirements-bench.txt.
+    kinds: the workloads that it knows.
     """
 
     module: str
@@ -40,25 +40,21 @@ class Library:
     packages: tuple[str, ...]
 
 
+def packages(name: str) -> tuple[str, ...]:
+    """What pip is to install for a peer: its lines of requirements-bench.txt."""
+    lines = (REPOSITORY / "requirements-bench.txt").read_text().splitlines()
+    first = lines.index(f"# {name}") + 1
+    return tuple(lines[first : [*lines, ""].index("", first)])
+
+
+def _library(name: str, kind: str, *imports: str) -> Library:
+    return Library(f"tools.bench.peers.{name}", (kind,), imports, packages(name))
+
+
 PEERS = {
-    "transformers": Library(
-        "tools.bench.peers.transformers",
-        ("rollout",),
-        ("torch", "transformers"),
-        ("torch==2.13.0", "transformers>=5.23,<6"),
-    ),
-    "tunix": Library(
-        "tools.bench.peers.tunix",
-        ("rollout",),
-        ("jax", "flax", "safetensors", "tunix"),
-        ("google-tunix",),
-    ),
-    "trl": Library(
-        "tools.bench.peers.trl",
-        ("distill",),
-        ("torch", "transformers", "trl"),
-        ("torch==2.13.0", "transformers>=5.23,<6", "trl"),
-    ),
+    "transformers": _library("transformers", "rollout", "torch", "transformers"),
+    "tunix": _library("tunix", "rollout", "jax", "flax", "tunix"),
+    "trl": _library("trl", "distill", "torch", "transformers", "trl"),
 }
 
 FIND = """
