@@ -22,6 +22,8 @@ from pmd_jax.policy.sharding import single_device_mesh
 from pmd_jax.records import Rollout
 from tools.bench import peers
 from tools.bench.peers import Library, Peer, PeerError, available
+from tools.bench.peers.batches import Row, cut, predicted, report, rows_of, sizes_for
+from tools.bench.peers.calibration import climb, fastest
 
 ECHO = """
     import os
@@ -149,6 +151,52 @@ def test_every_peer_has_requirements_and_a_module():
 def test_an_unknown_peer_is_named():
     with pytest.raises(PeerError, match="must be one of transformers, tunix, trl; got 'vllm'"):
         available("vllm")
+
+
+# --- batches and settings -----------------------------------------------------------------
+
+WORK = {"prompts": [[1], [2]], "num_samples": 2, "lengths": [[3, 9], [5, 4]]}
+
+
+def test_batches_hold_rows_of_like_length_side_by_side_by_prompt():
+    rows = rows_of(WORK)
+    assert [row.length for row in rows] == [9, 5, 4, 3]
+    assert cut(rows, 2) == [[Row(0, 1, 9), Row(1, 0, 5)], [Row(0, 0, 3), Row(1, 1, 4)]]
+    assert sizes_for(4) == [4] and sizes_for(40) == [8, 16, 32, 40]
+
+
+def test_the_predicted_time_is_that_of_prefills_and_of_the_longest_rows():
+    """Prefill gives the first token: two batches at 10 s, and 8 + 3 steps of 1 s."""
+    assert predicted(rows_of(WORK), 2, prefill=10.0, step=1.0) == 31
+
+
+def test_lengths_must_fit_prompts_and_samples():
+    with pytest.raises(ValueError, match="lengths: must be 2 prompts x 3 samples"):
+        rows_of({**WORK, "num_samples": 3})
+
+
+def test_responses_come_back_in_the_order_of_the_workload_with_their_lengths():
+    rows = rows_of(WORK)
+    made = [[row.prompt * 10 + row.sample] * row.length for row in rows]
+    result = report(rows, made, 2.0)
+    assert result["responses"] == [[0] * 3, [1] * 9, [10] * 5, [11] * 4]
+    assert (result["seconds"], result["tokens"]) == (2.0, 21)
+    with pytest.raises(ValueError, match="the library made 8 tokens"):
+        report(rows, [made[0][1:], *made[1:]], 2.0)
+
+
+def test_the_search_stops_where_more_does_not_help_and_passes_what_fails():
+    seconds, tried, times = {1: 9.0, 2: 5.0, 8: 5.2, 16: 7.0, 32: 1.0}, [], {}
+
+    def seconds_of(size):
+        tried.append(size)
+        return seconds[size]  # none for 4
+
+    climb([1, 2, 4, 8, 16, 32], seconds_of, times)
+    assert tried == [1, 2, 4, 8, 16]
+    assert fastest(times) == 2
+    with pytest.raises(RuntimeError, match="no setting works here"):
+        fastest({})
 
 
 # --- the real libraries ---------------------------------------------------------------------

@@ -14,8 +14,8 @@ workload["ways"] keeps only the named ways; workload["choice"], from an earlier 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,11 +31,11 @@ from tools.bench.peers.batches import (
     rows_of,
     sizes_for,
 )
+from tools.bench.peers.calibration import climb, fastest
 from tools.bench.peers.child import serve
 
 PAD = 0  # rows carry masks, so any token will do
 WAYS = ("generate", "shared", "continuous")
-REQUESTS = (8, 16, 32, 64, 256)  # concurrent requests of continuous batching that are tried
 PAGE = 32  # tokens of a page of its cache: prompts are shared by whole pages
 
 
@@ -220,37 +220,30 @@ class Rollout:
 
     # --- calibration --------------------------------------------------------------------------
 
-    def calibrate(self, ways: Any) -> Choice:
+    def calibrate(self, ways: Sequence[str]) -> Choice:
         """The setting with the shortest predicted time."""
         times: dict[Choice, float] = {}
         few = self.rows[:2]
-        self.generate(
-            Choice("generate", 2), few, Timed([2, 2], self.columns(few, None), self.device), None
-        )
-        for way in ("generate", "shared"):
-            if way in ways:
-                for size in sizes_for(len(self.rows)):
-                    self.predict(Choice(way, size), times)
-        if times and "generate" in ways:
-            of_generate = {c: t for c, t in times.items() if c.way == "generate"}
-            self.predict(Choice("generate", min(of_generate, key=times.get).size, "static"), times)  # type: ignore[arg-type]
+        stop = Lengths([2, 2][: len(few)], self.columns(few, None), self.device)
+        self.generate(Choice("generate", 2), few, stop, None)  # a first time is slow
+        sizes = sizes_for(len(self.rows))
+        if "generate" in ways:
+            climb([Choice("generate", size) for size in sizes], self.seconds_of, times)
+            best = fastest(times)
+            climb([Choice("generate", best.size, "static")], self.seconds_of, times)
+        if "shared" in ways:
+            climb([Choice("shared", size) for size in sizes], self.seconds_of, times)
         if "continuous" in ways:
-            for size in REQUESTS:
-                if size <= len(self.rows):
-                    self.predict(Choice("continuous", size), times)
+            climb([Choice("continuous", size) for size in sizes], self.seconds_of, times)
         self.calibration = {str(c): round(t, 3) for c, t in times.items()}
-        return min(times, key=times.get)  # type: ignore[arg-type]
+        return fastest(times)
 
-    def predict(self, choice: Choice, times: dict[Choice, float]) -> None:
-        """Notes the predicted time, unless the setting does not work here."""
+    def seconds_of(self, choice: Choice) -> float:
+        """The predicted time of the workload."""
         measure = self.time_continuous if choice.way == "continuous" else self.time_generate
-        try:
-            if self.device == "cuda":
-                measure(choice)  # kernels, graphs and compilation
-            times[choice] = measure(choice)
-            print(f"{times[choice]:8.1f} s predicted: {choice}", file=sys.stderr)
-        except Exception as error:  # out of memory, or a way that this device does not know
-            print(f"does not work here: {choice}: {error}", file=sys.stderr)
+        if self.device == "cuda":
+            measure(choice)  # kernels, graphs and compilation
+        return measure(choice)
 
     def time_generate(self, choice: Choice) -> float:
         batches = cut(self.rows, choice.size)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from tools.bench.peers.calibration import climb, fastest
 from tools.bench.peers.child import serve
 
 PAD = 0  # rows carry masks, so any token will do
@@ -185,37 +185,28 @@ class Distill:
         """The setting with the shortest time for a rollout, of one micro-batch in the middle."""
         times: dict[Choice, float] = {}
         self.part(self.rows[-1:])  # a first time is slow
-        for checkpointing in (False, True):
-            if times and checkpointing:
-                break  # it costs time and saves memory: only where nothing else fits
-            for size in SIZES:
-                if size <= len(self.rows) and self.fits(size):
-                    self.measure(Choice(size, checkpointing), times)
+        sizes = [size for size in SIZES if size <= len(self.rows) and self.fits(size)]
+        climb([Choice(size) for size in sizes], self.seconds_of, times)
+        if not times:  # recomputation costs time: only where nothing fits without
+            climb([Choice(size, True) for size in sizes], self.seconds_of, times)
         self.calibration = {str(c): round(t, 3) for c, t in times.items()}
-        return min(times, key=times.get)  # type: ignore[arg-type]
+        return fastest(times)
 
     def fits(self, size: int) -> bool:
         longest = max(len(response) for *_, response in self.rows)
         count = size * (longest + 1) * self.model.config.vocab_size
         return size == 1 or 4 * COPIES * count <= LOGITS_BYTES or self.device == "cuda"
 
-    def measure(self, choice: Choice, times: dict[Choice, float]) -> None:
+    def seconds_of(self, choice: Choice) -> float:
+        """The predicted time of all rollouts."""
         self.use(choice)
         first = (len(self.rows) - choice.size) // 2
-        try:
-            for _ in range(2 if self.device == "cuda" else 1):
-                synchronize(self.device)
-                began = time.perf_counter()
-                self.part(self.rows[first : first + choice.size])
-                synchronize(self.device)
-            seconds = (time.perf_counter() - began) * len(self.rows) / choice.size
-        except torch.OutOfMemoryError as error:
-            print(f"does not fit: {choice}: {error}", file=sys.stderr)
-            self.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            return
-        times[choice] = seconds
-        print(f"{seconds:8.1f} s predicted: {choice}", file=sys.stderr)
+        for _ in range(2 if self.device == "cuda" else 1):
+            synchronize(self.device)
+            began = time.perf_counter()
+            self.part(self.rows[first : first + choice.size])
+            synchronize(self.device)
+        return (time.perf_counter() - began) * len(self.rows) / choice.size
 
 
 def synchronize(device: str) -> None:

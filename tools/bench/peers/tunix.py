@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tools.bench.peers.batches import STEPS, Row, cut, predicted, report, rows_of, sizes_for
+from tools.bench.peers.calibration import climb, fastest
 from tools.bench.peers.child import serve
 
 
@@ -151,17 +151,14 @@ class Rollout:
     def calibrate(self) -> int:
         """The batch size with the shortest predicted time."""
         times: dict[int, float] = {}
-        for size in sizes_for(len(self.rows)):
-            batches = cut(self.rows, size)
-            try:
-                prefill, step = self.warm(batches[len(batches) // 2])
-            except Exception as error:  # out of memory
-                print(f"does not work here: batches of {size}: {error}", file=sys.stderr)
-                continue
-            times[size] = predicted(self.rows, size, prefill, step)
-            print(f"{times[size]:8.1f} s predicted: batches of {size}", file=sys.stderr)
+        climb(sizes_for(len(self.rows)), self.seconds_of, times)
         self.calibration = {f"batches of {size}": round(t, 3) for size, t in times.items()}
-        return min(times, key=times.get)  # type: ignore[arg-type]
+        return fastest(times)
+
+    def seconds_of(self, size: int) -> float:
+        """The predicted time of the workload in batches of `size`."""
+        batches = cut(self.rows, size)
+        return predicted(self.rows, size, *self.warm(batches[len(batches) // 2]))
 
     def warm(self, batch: list[Row]) -> tuple[float, float]:
         """Compiles what a batch runs, with few steps: seconds of its prefill and of a step.
