@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 Setting = TypeVar("Setting", bound=Hashable)
-WORSE = 1.1  # a size so many times slower than the one before ends the search
+WORSE = 1.25  # a size so many times slower than the one before ends the search
 
 
 def climb(

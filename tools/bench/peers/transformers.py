@@ -14,6 +14,7 @@ workload["ways"] keeps only the named ways; workload["choice"], from an earlier 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from tools.bench.peers.child import serve
 PAD = 0  # rows carry masks, so any token will do
 WAYS = ("generate", "shared", "continuous")
 PAGE = 32  # tokens of a page of its cache: prompts are shared by whole pages
+BATCH_TOKENS = 1024  # tokens of a step of continuous batching, prompts and decoding together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,21 +191,26 @@ class Rollout:
 
     def continuous(self, choice: Choice, rows: list[Row]) -> list[list[int]]:
         """The tokens of each row; the requests queue in the order of `rows`."""
+        return [list(one.generated_tokens) for one in self.requests(choice, rows)]
+
+    def requests(self, choice: Choice, rows: list[Row]) -> list[Any]:
         longest = max(len(self.prompts[row.prompt]) + row.length for row in rows)
-        settings = transformers.ContinuousBatchingConfig(
-            page_size=PAGE,
-            num_blocks=choice.size * (-(-longest // PAGE) + 1),
-            max_batch_tokens=max(1024, choice.size),
-            max_requests_per_batch=choice.size,
-        )
-        if self.device == "cuda":  # sized by itself: the memory is there to be used
-            settings = transformers.ContinuousBatchingConfig(max_requests_per_batch=choice.size)
+        sizes: dict[str, Any] = {"max_requests_per_batch": choice.size}
+        if self.device == "cpu":  # elsewhere it sizes itself: the memory is there to be used
+            sizes["page_size"] = PAGE
+            sizes["num_blocks"] = choice.size * (-(-longest // PAGE) + 1)
+            sizes["max_batch_tokens"] = BATCH_TOKENS
         with self.model.continuous_batching_context_manager(
-            generation_config=self.config, continuous_batching_config=settings, block=True
+            generation_config=self.config,
+            continuous_batching_config=transformers.ContinuousBatchingConfig(**sizes),
+            block=True,
         ) as manager:
             ids = [
                 manager.add_request(
-                    self.prompts[row.prompt], max_new_tokens=row.length, eos_token_id=-1
+                    self.prompts[row.prompt],
+                    max_new_tokens=row.length,
+                    eos_token_id=-1,
+                    record_timestamps=True,
                 )
                 for row in rows
             ]
@@ -213,7 +220,7 @@ class Rollout:
                 if result is not None and result.is_finished():
                     if result.error:
                         raise RuntimeError(f"continuous batching: {result.error}")
-                    results[result.request_id] = list(result.generated_tokens)
+                    results[result.request_id] = result
                 elif result is None and not manager.is_running():
                     raise RuntimeError("continuous batching: its thread ended before its requests")
         return [results[i] for i in ids]
@@ -227,12 +234,15 @@ class Rollout:
         stop = Lengths([2, 2][: len(few)], self.columns(few, None), self.device)
         self.generate(Choice("generate", 2), few, stop, None)  # a first time is slow
         sizes = sizes_for(len(self.rows))
-        if "generate" in ways:
-            climb([Choice("generate", size) for size in sizes], self.seconds_of, times)
-            best = fastest(times)
-            climb([Choice("generate", best.size, "static")], self.seconds_of, times)
+        # Both ways decode alike, so the size that is best for the cheaper one does for the other.
+        shared: dict[Choice, float] = {}
+        climb([Choice("shared", size) for size in sizes], self.seconds_of, shared)
         if "shared" in ways:
-            climb([Choice("shared", size) for size in sizes], self.seconds_of, times)
+            times |= shared
+        if "generate" in ways:
+            size = fastest(shared).size
+            each = [Choice("generate", size, cache) for cache in ("dynamic", "static")]
+            climb(each, self.seconds_of, times)
         if "continuous" in ways:
             climb([Choice("continuous", size) for size in sizes], self.seconds_of, times)
         self.calibration = {str(c): round(t, 3) for c, t in times.items()}
@@ -258,20 +268,24 @@ class Rollout:
         prefill = stop.times[0] - began
         # The median step stands where half of the longest row's tokens would have been made; the
         # cache grows little beside its prompt, so it is taken for all of them.
-        step = sorted(b - a for a, b in zip(stop.times, stop.times[1:], strict=False))[STEPS // 2]
+        step = sorted(b - a for a, b in itertools.pairwise(stop.times))[STEPS // 2]
         return once + predicted(self.rows, choice.size, prefill, step)
 
     def time_continuous(self, choice: Choice) -> float:
-        """From as many requests as run at once, of one token and of a few."""
+        """From as many requests as run at once, long enough that all of them decode together."""
         some = self.rows[: choice.size]
-        times = []
-        for length in (1, 1 + STEPS):
-            began = time.perf_counter()
-            self.continuous(choice, [Row(row.prompt, row.sample, length) for row in some])
-            times.append(time.perf_counter() - began)
-        step = max(times[1] - times[0], 0) / STEPS
-        tokens = sum(row.length for row in self.rows)
-        return times[0] * len(self.rows) / choice.size + step * tokens / choice.size
+        tokens = sum(len(self.prompts[row.prompt]) for row in some)
+        length = -(-tokens // BATCH_TOKENS) + STEPS + 1
+        began = time.perf_counter()
+        made = self.requests(choice, [Row(row.prompt, row.sample, length) for row in some])
+        seconds = time.perf_counter() - began
+        decoding = max(one.timestamps[0] for one in made)  # the last prompt was read
+        together = [[t for t in one.timestamps if t >= decoding] for one in made]
+        steps = sorted(b - a for times in together for a, b in itertools.pairwise(times))
+        step = steps[len(steps) // 2]
+        prefill = max(seconds - step * max(map(len, together)), 0)
+        wanted = sum(row.length for row in self.rows)
+        return prefill * len(self.rows) / choice.size + step * wanted / choice.size
 
 
 if __name__ == "__main__":
