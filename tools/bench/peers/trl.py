@@ -185,7 +185,8 @@ class Distill:
         """The setting with the shortest time for a rollout, of one micro-batch in the middle."""
         times: dict[Choice, float] = {}
         self.part(self.rows[-1:])  # a first time is slow
-        sizes = [size for size in SIZES if size <= len(self.rows) and self.fits(size)]
+        sizes = [size for size in SIZES if size < len(self.rows)] + [len(self.rows)]
+        sizes = [size for size in sizes if self.fits(size)]
         climb([Choice(size) for size in sizes], self.seconds_of, times)
         if not times:  # recomputation costs time: only where nothing fits without
             climb([Choice(size, True) for size in sizes], self.seconds_of, times)
