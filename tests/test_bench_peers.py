@@ -5,8 +5,11 @@ real ones against ours, each with requirements-bench.txt in an environment of it
 """
 
 import os
+import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -115,6 +118,48 @@ def test_leaving_early_ends_the_process(fake):
     with Peer(fake(ECHO)) as peer:
         process = peer._process
     assert process.poll() is not None
+
+
+def test_a_peer_ends_with_its_parent_in_the_middle_of_its_work(fake, tmp_path):
+    fake("""
+        import os, pathlib, time
+        from tools.bench.peers.child import serve
+
+        def prepare(workload):
+            pathlib.Path(workload["note"]).write_text(str(os.getpid()))
+            time.sleep(600)
+
+        serve({"echo": prepare})
+    """)
+    note = tmp_path / "pid"
+    code = f"""
+        from tools.bench import peers
+        peers.PEERS["echo"] = peers.Library("peer_echo", ("echo",), (), ())
+        peers.Peer("echo").prepare({{"kind": "echo", "note": {str(note)!r}}})
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=peers.REPOSITORY)
+    wait_for(lambda: note.exists() and note.read_text())
+    parent.kill()
+    parent.wait()
+    child = int(note.read_text())
+    wait_for(lambda: not is_alive(child))
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited for too long"
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    """Whether a process runs; one that ended and that nobody has asked about does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_what_is_missing_is_named_with_the_command(fake):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -20,8 +22,16 @@ class Work(Protocol):
     def run(self) -> dict[str, Any]: ...
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when the parent is gone, in the middle of its work if need be."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def serve(kinds: Mapping[str, Callable[[dict[str, Any]], Work]]) -> None:
     """Answers until stdin ends. kinds: for each workload["kind"], what prepares it."""
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # prints, those of C libraries too, go to stderr
     sys.stdout = sys.stderr
