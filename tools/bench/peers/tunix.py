@@ -83,6 +83,16 @@ def load_model(folder: Path, dtype: Any) -> Any:
     return params.create_model_from_safe_tensors(str(folder), config, dtype=dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """size: rows of a batch."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"vanilla Sampler, sorted by length, batches of {self.size}"
+
+
 class Rollout:
     """A prepared workload of kind "rollout"."""
 
@@ -98,16 +108,15 @@ class Rollout:
         self.temperature, self.seed = workload["temperature"], workload["seed"]
         self.samplers: dict[int, Any] = {}
         self.calibration: dict[str, float] = {}
-        self.size = workload["choice"]["size"] if "choice" in workload else self.calibrate()
-        for batch in cut(self.rows, self.size):
+        self.choice = Choice(**workload["choice"]) if "choice" in workload else self.calibrate()
+        for batch in cut(self.rows, self.choice.size):
             self.warm(batch)
         versions = [f"{name} {metadata.version(name)}" for name in ("jax", "flax")]
         self.about = {
             "library": "tunix",
             "version": ", ".join([metadata.version("google-tunix"), *versions]),
-            "setting": f"vanilla Sampler, sorted by length, batches of {self.size}, each to the "
-            "end of its longest row, compiled before",
-            "choice": {"size": self.size},
+            "setting": f"{self.choice}, each to the end of its longest row, compiled before",
+            "choice": dataclasses.asdict(self.choice),
             "calibration": self.calibration,
         }
 
@@ -116,7 +125,7 @@ class Rollout:
         began = time.perf_counter()
         rows: list[Row] = []
         responses: list[list[int]] = []
-        for batch in cut(self.rows, self.size):
+        for batch in cut(self.rows, self.choice.size):
             made = self.sampler(batch)(
                 self.texts(batch),
                 max_generation_steps=longest(batch),
@@ -148,17 +157,17 @@ class Rollout:
             self.samplers[size] = Sampler(self.model, Numbers(self.pad), cache)
         return self.samplers[size]
 
-    def calibrate(self) -> int:
+    def calibrate(self) -> Choice:
         """The batch size with the shortest predicted time."""
-        times: dict[int, float] = {}
-        climb(sizes_for(len(self.rows)), self.seconds_of, times)
-        self.calibration = {f"batches of {size}": round(t, 3) for size, t in times.items()}
+        times: dict[Choice, float] = {}
+        climb([Choice(size) for size in sizes_for(len(self.rows))], self.seconds_of, times)
+        self.calibration = {str(choice): round(t, 3) for choice, t in times.items()}
         return fastest(times)
 
-    def seconds_of(self, size: int) -> float:
-        """The predicted time of the workload in batches of `size`."""
-        batches = cut(self.rows, size)
-        return predicted(self.rows, size, *self.warm(batches[len(batches) // 2]))
+    def seconds_of(self, choice: Choice) -> float:
+        """The predicted time of the workload."""
+        batches = cut(self.rows, choice.size)
+        return predicted(self.rows, choice.size, *self.warm(batches[len(batches) // 2]))
 
     def warm(self, batch: list[Row]) -> tuple[float, float]:
         """Compiles what a batch runs, with few steps: seconds of its prefill and of a step.
