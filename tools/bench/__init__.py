@@ -1,1 +1,1 @@
-"""How fast: the parts of a training step, timed on this machine beside its roofline and peers."""
+"""The bench: speed and memory, beside other libraries on the same work."""
