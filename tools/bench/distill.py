@@ -47,9 +47,7 @@ class Workload:
             shared = tokens(self.teacher)
             rollouts = [rollout(i, g) for g in range(self.rollouts)]
             guided = [True] * self.rollouts
-            return DistillGroup(
-                tokens(self.student), [shared] * self.rollouts, guided, rollouts
-            )
+            return DistillGroup(tokens(self.student), [shared] * self.rollouts, guided, rollouts)
 
         return [group(i) for i in range(self.groups)]
 
