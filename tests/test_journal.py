@@ -101,6 +101,17 @@ def test_a_file_of_another_history_is_not_taken_for_ours(tmp_path, written):
     assert Bank.load(tmp_path / "b") == bank
 
 
+def test_a_file_that_was_cut_short_is_written_anew(tmp_path, written):
+    bank = visit(Bank(MemoryConfig()), range(12))
+    bank.save(tmp_path / "a")
+    first = min((tmp_path / "a").glob("events-*"))
+    content = first.read_bytes()
+    first.unlink()
+    first.write_bytes(content[:-9])
+    bank.save(tmp_path / "b")
+    assert Bank.load(tmp_path / "b") == bank
+
+
 def test_files_depend_on_the_events_and_not_on_when_they_were_saved(tmp_path, written):
     often, once = Bank(MemoryConfig()), Bank(MemoryConfig())
     for step in range(12):

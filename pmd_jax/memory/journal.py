@@ -24,7 +24,7 @@ from typing import IO, Any
 from pmd_jax.memory import store
 from pmd_jax.memory.store import Segment
 
-SEGMENT_BYTES = 2**22
+SEGMENT_BYTES = 2**20
 """From this size on, the open end is sealed. A save rewrites at most so much that is not new."""
 
 HOMES = 3
