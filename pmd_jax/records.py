@@ -164,19 +164,21 @@ class TeacherPrompt:
 
 def to_dict(record: Any) -> dict[str, Any]:
     """A record as plain JSON values; arrays become lists."""
+    return _plain(record)
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, np.ndarray):
-            return value.tolist()
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
 
-    return plain(record)
+def _plain(value: Any) -> Any:
+    # At module level: a function that calls itself from a closure is a cycle, and would keep what
+    # it was called with until the collector comes by.
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def from_dict(kind: type[Record], fields: Mapping[str, Any]) -> Record:

@@ -263,7 +263,7 @@ class Trainer:
         with self.phase("abstract", progress):
             generate = make_writer(self.writer_policy, config, seed)
             found = abstract(self.problems, self.labels, self.bank, generate, step, config)
-            self.bank.apply_operations(step, found.operations, self.retriever.vectors)
+            self.bank.apply_operations(step, found.operations, self.retriever.embed)
             self.bank.mark_abstracted(step, found.problem_ids)
         return {f"abstract/{name}": n for name, n in found.counts.metrics().items()}
 
@@ -340,14 +340,14 @@ class Trainer:
     ) -> dict[str, Any]:
         teachers = [prompt for group in prompts for prompt in group]
         guided = [prompt for prompt in teachers if prompt.has_guidance]
-        insights = {i.id for p in self.problems for i in self.bank.insights(p.id)}
-        behaviors = {b.id for b in self.bank.behaviors}
-        cited = [set(prompt.cited) for prompt in guided]
+        shown = [prompt.section_tokens.keys() for prompt in guided]
+        with_insight = sum(bool(names & {"strategies", "lessons"}) for names in shown)
+        with_behavior = sum("behaviors" in names for names in shown)
         self.totals.update(
             rollouts=len(teachers),
             rollouts_with_loss=len(guided),
-            with_insight=sum(bool(names & insights) for names in cited),
-            with_behavior=sum(bool(names & behaviors) for names in cited),
+            with_insight=with_insight,
+            with_behavior=with_behavior,
             trained_tokens=int(batch.response_length.sum()),
         )
         size = max(len(teachers), 1)
@@ -359,8 +359,8 @@ class Trainer:
             "entropy": float(report.entropy),
             "logprob_gap": float(report.logprob_gap),
             "loss_fraction": len(guided) / size,
-            "teacher/with_insight": sum(bool(names & insights) for names in cited) / size,
-            "teacher/with_behavior": sum(bool(names & behaviors) for names in cited) / size,
+            "teacher/with_insight": with_insight / size,
+            "teacher/with_behavior": with_behavior / size,
             "teacher/prompt_tokens": float(read.mean()),
             "teacher/cut_tokens": sum(sum(p.cut_tokens.values()) for p in teachers) / size,
             "padding_fraction": padding_fraction(batch),

@@ -7,6 +7,7 @@ import fakes
 import pytest
 from fakes import attempt, behavior, insight
 
+from pmd_jax.memory import journal, store
 from pmd_jax.memory.bank import Bank, MemoryConfig, Operation
 
 KEY = "toy/chemistry/train/0"
@@ -229,35 +230,59 @@ def test_saved_and_loaded_banks_are_equal_and_saved_bytes_are_the_same(tmp_path)
     assert loaded == bank
 
 
-def test_problem_order_does_not_change_the_digest():
-    first, second = Bank(MemoryConfig()), Bank(MemoryConfig())
-    first.remember(0, [attempt(0), attempt(1)])
-    second.remember(0, [attempt(1), attempt(0)])
-    assert first.digest() == second.digest()
-    second.remember(0, [attempt(2)])
-    assert first.digest() != second.digest()
+def test_the_digest_tells_who_saw_the_same_calls():
+    first, second, other = (Bank(MemoryConfig()) for _ in range(3))
+    for bank in (first, second):
+        bank.remember(0, [attempt(0), attempt(1)])
+    other.remember(0, [attempt(1), attempt(0)])
+    assert first.digest() == second.digest() != other.digest()
+    assert first.records() == other.records()
 
 
-def test_a_missing_or_damaged_file_is_named(tmp_path):
-    bank = lived_bank()
-    for name in ("insights.jsonl", "events.jsonl", "manifest.json"):
-        folder = tmp_path / name
-        bank.save(folder)
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-9])
-        with pytest.raises(ValueError, match=rf"{name}: damaged"):
-            Bank.load(folder)
-        (folder / name).unlink()
-        with pytest.raises(ValueError, match=rf"{name}: missing"):
-            Bank.load(folder)
+def test_a_missing_or_damaged_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "SEGMENT_BYTES", 5000)
+    lived_bank().save(tmp_path / "bank")
+    files = sorted((tmp_path / "bank").iterdir())
+    assert len(files) >= 4
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ValueError, match=rf"{file.name}: missing"):
+            Bank.load(tmp_path / "bank")
+        for damaged in (content[:-9], content.replace(b"0", b"1", 1)):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{file.name}: damaged"):
+                Bank.load(tmp_path / "bank")
+        file.write_bytes(content)
+    assert Bank.load(tmp_path / "bank") == lived_bank()
 
 
 def test_another_format_is_refused(tmp_path):
     lived_bank().save(tmp_path / "bank")
     path = tmp_path / "bank" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match=r"manifest.json: format_version must be 1; got 99"):
+    with pytest.raises(ValueError, match=r"manifest.json: format_version must be 1 or 2; got 99"):
         Bank.load(tmp_path / "bank")
+
+
+def test_a_bank_of_format_1_is_read_and_its_damage_named(tmp_path):
+    """It held all events in one file, and the state in three others that events can do without."""
+    bank = lived_bank()
+    content = b"".join(map(store.line, bank.events))
+    tables = {"events": {"records": len(bank.events), "sha256": store.sha256(content)}}
+    manifest = {"config": dataclasses.asdict(bank.config), "step": 3, "digest": "of the state"}
+    manifest |= {"format_version": 1, "tables": {**tables, "insights": {}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "events.jsonl").write_bytes(content)
+    (tmp_path / "insights.jsonl").write_text("")
+    assert Bank.load(tmp_path) == bank
+    bank.save(tmp_path)
+    assert Bank.load(tmp_path) == bank and not (tmp_path / "insights.jsonl").exists()
+    bank.save(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "events.jsonl").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"events.jsonl: damaged"):
+        Bank.load(tmp_path)
 
 
 def test_saving_replaces_a_bank_and_what_an_interrupted_save_left(tmp_path):

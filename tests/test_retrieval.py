@@ -6,7 +6,8 @@ import pytest
 from fakes import behavior
 
 from pmd_jax.memory.bank import Bank, MemoryConfig, Operation
-from pmd_jax.memory.retrieval import Retriever, cluster_count, nearest, spherical_kmeans
+from pmd_jax.memory.nearest import nearest
+from pmd_jax.memory.retrieval import Retriever, cluster_count, spherical_kmeans
 
 
 def unit(angles):
@@ -88,6 +89,33 @@ def test_behaviors_nearest_to_the_question_come_first_and_texts_are_embedded_onc
     ]
     assert len(seen) == len(set(seen)) == 4
     assert f"Find: {masses.question}" in seen
+
+
+def test_a_behavior_that_changed_or_left_is_found_as_it_is_now():
+    bank = Bank(MemoryConfig(behaviors=1))
+    retriever = Retriever(fakes.embed)
+    for step, name in enumerate(["behavior_sum_masses", "behavior_other", "behavior_other"]):
+        new = behavior(name, step, kind="mistake" if step else "skill", instruction=f"count {step}")
+        bank.apply_operations(step, [Operation("UPDATE", new)], retriever.embed)
+        ((found,),) = retriever.behaviors_for([fakes.problem()], bank, k=3)
+        assert found == bank.behaviors[0] and found.instruction == f"count {step}"
+        bank.cite(step, [found.id])
+        assert retriever.behaviors_for([fakes.problem()], bank, k=3) == [[bank.behaviors[0]]]
+
+
+def test_merging_and_retrieval_share_the_vectors_of_behaviors():
+    seen = []
+
+    def embed(texts):
+        seen.extend(texts)
+        return fakes.embed(texts)
+
+    bank, retriever = Bank(MemoryConfig()), Retriever(embed)
+    for step in range(4):
+        new = behavior(f"behavior_{step}", step, instruction=f"apply rule {step} " * 9)
+        bank.apply_operations(step, [Operation("ADD", new)], retriever.embed)
+        retriever.behaviors_for([fakes.problem()], bank, k=1)
+    assert len(seen) == len(set(seen)) == 5
 
 
 def test_an_empty_bank_has_nothing_to_retrieve():

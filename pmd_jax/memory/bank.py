@@ -7,28 +7,37 @@
 The same calls in the same order give the same bank, byte for byte, so many processes can hold
 replicas. Every change is first decided, then written down as an event, then applied by the one
 function that also replays events: `Bank.replay` needs no model, because what a model decided (two
-behaviors say the same) is in the event as an outcome. A text never changes under its id.
+behaviors say the same) is in the event as an outcome. A saved bank is its events, and loading it is
+replaying them. A text never changes under its id.
+
+A call costs as much as what it brings and evicts, however much the bank holds; `apply_operations`
+also compares its new behaviors with all of their kind.
 
 The paper gives no capacities, eviction rules or file formats; all of these are ours.
 
-Left out: who writes the texts (reflection.py, behaviors.py), who reads them (teacher.py), and bytes
-on disk (store.py).
+Left out: how records lie in memory (shelf.py, behaviorshelf.py) and events on disk (journal.py,
+store.py), which behaviors say the same (merging.py), who writes the texts (reflection.py,
+behaviors.py) and who reads them (teacher.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pmd_jax.memory import Embed, store
-from pmd_jax.records import Behavior, Experience, Insight, from_dict, to_dict
+import numpy as np
+from jaxtyping import Float
 
-SAME_WORDS = 0.8
-"""Two insights of one problem say the same when they share this part of their words."""
+from pmd_jax.memory import Embed, store
+from pmd_jax.memory.behaviorshelf import BehaviorShelf
+from pmd_jax.memory.journal import Journal
+from pmd_jax.memory.merging import Operation, decide, joined
+from pmd_jax.memory.shelf import Shelf
+from pmd_jax.records import Behavior, Experience, Insight, from_dict, to_dict
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,32 +81,23 @@ class MemoryConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Operation:
-    """One change of behavior memory, as its writer wishes it; the bank decides what becomes of it.
-
-    ADD a new behavior; UPDATE the one of the same name; NONE changes nothing and has no behavior.
-    """
-
-    kind: Literal["ADD", "UPDATE", "NONE"]
-    behavior: Behavior | None = None
-
-    def __post_init__(self) -> None:
-        if (self.kind == "NONE") != (self.behavior is None):
-            raise ValueError(f"behavior: must be given for ADD and UPDATE alone; got {self}")
-
-
 class Bank:
     """Three levels of memory. Mutators take the current step, which may not go back."""
 
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
         self._step = 0
-        self._experiences: dict[str, list[Experience]] = {}
-        self._insights: dict[str, list[Insight]] = {}
-        self._behaviors: dict[str, Behavior] = {}
+        self._journal = Journal()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._experiences = Shelf(
+            Experience, lambda e: "successes" if e.verdict.correct else "failures"
+        )
+        self._insights = Shelf(Insight, lambda i: i.kind)
+        self._behaviors = BehaviorShelf()
+        self._newest: dict[str, int] = {}
         self._abstracted: dict[str, int] = {}
-        self._events: list[dict[str, Any]] = []
 
     # --- readers ----------------------------------------------------------------------------
 
@@ -109,25 +109,42 @@ class Bank:
     @property
     def problem_ids(self) -> tuple[str, ...]:
         """Problems with an experience or an insight, sorted."""
-        return tuple(sorted(self._experiences.keys() | self._insights.keys()))
+        return tuple(sorted(self._experiences.problem_ids | self._insights.problem_ids))
 
     @property
     def behaviors(self) -> tuple[Behavior, ...]:
         """All behaviors, sorted by id."""
-        return tuple(self._behaviors[key] for key in sorted(self._behaviors))
+        return self._behaviors.in_order()
 
     @property
     def events(self) -> Sequence[Mapping[str, Any]]:
-        """All changes since the bank was empty, oldest first, as plain JSON values."""
-        return tuple(self._events)
+        """All changes since the bank was empty, oldest first, as plain JSON values.
+
+        Reads the whole history back from where it lies.
+        """
+        return tuple(self._journal)
 
     def experiences(self, problem_id: str) -> tuple[Experience, ...]:
         """Attempts at one problem, oldest first."""
-        return tuple(self._experiences.get(problem_id, ()))
+        return self._experiences.get(problem_id)
 
     def insights(self, problem_id: str) -> tuple[Insight, ...]:
         """Insights of one problem: strategies, then lessons, the most trusted of each first."""
-        return tuple(self._insights.get(problem_id, ()))
+        return self._insights.get(problem_id)
+
+    def newest_insight(self, problem_id: str) -> int | None:
+        """The step of the problem's latest insight, None where it has none."""
+        return self._newest.get(problem_id)
+
+    def nearest_behaviors(
+        self, queries: Float[np.ndarray, "Q D"], k: int, embed: Embed
+    ) -> list[list[Behavior]]:
+        """Per query the k nearest behaviors, nearest first; of equals the lower id first.
+
+        embed: gives the vectors of behaviors; one that is lent always is asked once per text.
+        """
+        found = self._behaviors.nearest(queries, k, embed)
+        return [[self._behaviors[key] for _, key in row] for row in found]
 
     def abstracted_at(self, problem_id: str) -> int | None:
         """The step at which the problem's insights were last read for behaviors."""
@@ -135,22 +152,18 @@ class Bank:
 
     def sizes(self) -> dict[str, int]:
         """Number of records per level, and of the kinds within it."""
-        experiences = [e for items in self._experiences.values() for e in items]
-        insights = [i for items in self._insights.values() for i in items]
-        num_correct = sum(e.verdict.correct for e in experiences)
-        num_strategies = sum(i.kind == "strategy" for i in insights)
-        num_skills = sum(b.kind == "skill" for b in self._behaviors.values())
+        experiences, insights = self._experiences.counts, self._insights.counts
         return {
-            "problems": len(self.problem_ids),
-            "experiences": len(experiences),
-            "successes": num_correct,
-            "failures": len(experiences) - num_correct,
-            "insights": len(insights),
-            "strategies": num_strategies,
-            "lessons": len(insights) - num_strategies,
+            "problems": len(self._experiences.problem_ids | self._insights.problem_ids),
+            "experiences": experiences.total(),
+            "successes": experiences["successes"],
+            "failures": experiences["failures"],
+            "insights": insights.total(),
+            "strategies": insights["strategy"],
+            "lessons": insights["lesson"],
             "behaviors": len(self._behaviors),
-            "skills": num_skills,
-            "mistakes": len(self._behaviors) - num_skills,
+            "skills": self._behaviors.counts["skill"],
+            "mistakes": self._behaviors.counts["mistake"],
         }
 
     # --- mutators: decide, then commit ------------------------------------------------------
@@ -162,11 +175,13 @@ class Bank:
 
     def remember(self, step: int, experiences: Iterable[Experience]) -> None:
         """Add attempts. One whose text is already kept with the same outcome is passed over."""
-        kept = {key: list(items) for key, items in self._experiences.items()}
+        kept: dict[str, list[Experience]] = {}
         added: dict[str, Experience] = {}
         evicted = []
         for new in experiences:
-            items = kept.setdefault(new.problem_id, [])
+            if new.problem_id not in kept:
+                kept[new.problem_id] = list(self.experiences(new.problem_id))
+            items = kept[new.problem_id]
             same = [e for e in items if e.verdict.correct == new.verdict.correct]
             if any(e.text.strip() == new.text.strip() for e in same):
                 continue
@@ -192,33 +207,17 @@ class Bank:
         success ratio and step and the attempts of both.
         """
         before = self.insights(problem_id)
-        items = list(before)
-        confirmed = []
-        for new in insights:
-            if new.problem_id != problem_id:
-                raise ValueError(f"insights: must be of {problem_id}; got one of {new.problem_id}")
-            twin = next((i for i in items if i.kind == new.kind and _same(i.text, new.text)), None)
-            if twin is None:
-                items.append(new)
-                continue
-            confirmed.append([new.id, twin.id])
-            items[items.index(twin)] = dataclasses.replace(
-                twin,
-                step=new.step,
-                success_ratio=new.success_ratio,
-                experience_ids=_united(twin.experience_ids, new.experience_ids),
-            )
+        items, confirmed = joined(problem_id, before, insights)
         kept = self._most_trusted(items)
         if kept != before:
             ids = {i.id for i in kept}
-            evicted = [i.id for i in items if i.id not in ids]
             self._commit(
                 "rewrite_insights",
                 step,
                 problem_id=problem_id,
                 insights=kept,
                 confirmed=confirmed,
-                evicted=evicted,
+                evicted=[i.id for i in items if i.id not in ids],
             )
 
     def _most_trusted(self, items: Iterable[Insight]) -> tuple[Insight, ...]:
@@ -238,38 +237,21 @@ class Bank:
         `merge_similarity`) is merged into it: the kept text stays, insight ids are united, uses
         summed. Beyond capacity the longest unretrieved go: lowest last_used, then uses, then id.
         """
-        wanted = [(op.kind, op.behavior) for op in operations if op.behavior is not None]
-        if not wanted or self.is_frozen:
+        wishes = [(op.kind, op.behavior) for op in operations if op.behavior is not None]
+        if not wishes or self.is_frozen:
             return
-        kept = dict(self._behaviors)
-        texts = [b.text for b in kept.values()] + [b.text for _, b in wanted]
-        rows = embed(texts)
-        vectors = dict(zip(kept, rows, strict=False))
-        merged = []
-        for (kind, new), vector in zip(wanted, rows[len(vectors) :], strict=True):
-            namesake = next((b for b in kept.values() if b.name == new.name), None)
-            if namesake is not None and kind == "UPDATE":
-                new = _absorbed(new, kept.pop(namesake.id))
-            similar = [
-                (float(vectors[b.id] @ vector), b.id) for b in kept.values() if b.kind == new.kind
-            ]
-            cosine, twin = max(similar, default=(-1.0, ""))
-            if cosine >= self.config.merge_similarity:
-                kept[twin] = _absorbed(kept[twin], new)
-                merged.append([new.id, twin])
-                continue
-            name = _free_name(new.name, {b.name for b in kept.values()})
-            new = dataclasses.replace(new, name=name, id=behavior_id(name, step))
-            kept[new.id], vectors[new.id] = new, vector
-        ranked = sorted(kept.values(), key=lambda b: (b.last_used, b.uses, b.id))
-        kept = {b.id: b for b in ranked[max(0, len(ranked) - self.config.behaviors) :]}
+        config = self.config
+        decision = decide(
+            self._behaviors, wishes, step, embed, config.merge_similarity, config.behaviors
+        )
         self._commit(
             "apply_operations",
             step,
-            put=[b for key, b in sorted(kept.items()) if self._behaviors.get(key) != b],
-            removed=sorted(self._behaviors.keys() - kept.keys()),
-            merged=merged,
+            put=decision.put,
+            removed=decision.removed,
+            merged=decision.merged,
         )
+        self._behaviors.learn(decision.vectors, embed)
 
     def mark_abstracted(self, step: int, problem_ids: Iterable[str]) -> None:
         """Note that the insights of these problems were read for behaviors at this step."""
@@ -290,9 +272,12 @@ class Bank:
             return
         if step < self._step:
             raise ValueError(f"step: the bank is at {self._step} and does not go back; got {step}")
-        event = to_dict({"event": name, "step": step, **payload})
+        self._record(to_dict({"event": name, "step": step, **payload}))
+
+    def _record(self, event: Mapping[str, Any]) -> None:
+        line = store.line(event)  # first: what cannot be written must not happen
         self._apply(event)
-        self._events.append(event)
+        self._journal.append(line)
 
     # --- events -----------------------------------------------------------------------------
 
@@ -301,8 +286,7 @@ class Bank:
         """The bank that these events describe, without any model."""
         bank = cls(config)
         for event in events:
-            bank._apply(event)
-            bank._events.append(dict(event))
+            bank._record(event)
         return bank
 
     def _apply(self, event: Mapping[str, Any]) -> None:
@@ -315,31 +299,27 @@ class Bank:
                 if event["forget"]:
                     self._fill({})
             case "remember":
-                evicted = set(event["evicted"])
-                for fields in event["added"]:
-                    self._experiences.setdefault(fields["problem_id"], []).append(
-                        from_dict(Experience, fields)
-                    )
-                if evicted:
-                    self._experiences = {
-                        key: [e for e in items if e.id not in evicted]
-                        for key, items in self._experiences.items()
-                    }
+                added = [from_dict(Experience, fields) for fields in event["added"]]
+                self._experiences.add(added)
+                self._experiences.drop(event["evicted"], dict.fromkeys(e.problem_id for e in added))
             case "rewrite_insights":
-                items = [from_dict(Insight, fields) for fields in event["insights"]]
-                self._insights[event["problem_id"]] = items
+                self._insights.replace(event["problem_id"], ())
+                self._newest.pop(event["problem_id"], None)
+                self._put_insights(event["insights"])
             case "apply_operations":
                 for key in event["removed"]:
-                    del self._behaviors[key]
+                    self._behaviors.drop(key)
                 for fields in event["put"]:
-                    self._behaviors[fields["id"]] = from_dict(Behavior, fields)
+                    self._behaviors.put(from_dict(Behavior, fields))
             case "mark_abstracted":
-                self._abstracted.update(dict.fromkeys(event["problem_ids"], step))
+                self._abstracted.update(
+                    (sys.intern(problem_id), step) for problem_id in event["problem_ids"]
+                )
             case "cite":
                 for key, count in event["uses"].items():
                     old = self._behaviors[key]
-                    self._behaviors[key] = dataclasses.replace(
-                        old, uses=old.uses + count, last_used=step
+                    self._behaviors.put(
+                        dataclasses.replace(old, uses=old.uses + count, last_used=step)
                     )
             case unknown:
                 raise ValueError(f"event: must be one that this version writes; got {unknown!r}")
@@ -362,22 +342,28 @@ class Bank:
         }
 
     def _fill(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        experiences = [from_dict(Experience, fields) for fields in records.get("experiences", ())]
-        insights = [from_dict(Insight, fields) for fields in records.get("insights", ())]
-        behaviors = [from_dict(Behavior, fields) for fields in records.get("behaviors", ())]
-        self._experiences = _by_problem(experiences)
-        self._insights = _by_problem(insights)
-        self._behaviors = {b.id: b for b in behaviors}
+        self._clear()
+        self._experiences.add(from_dict(Experience, f) for f in records.get("experiences", ()))
+        self._put_insights(records.get("insights", ()))
+        for fields in records.get("behaviors", ()):
+            self._behaviors.put(from_dict(Behavior, fields))
         self._abstracted = {f["problem_id"]: f["step"] for f in records.get("abstracted", ())}
 
+    def _put_insights(self, items: Iterable[Mapping[str, Any]]) -> None:
+        for fields in items:
+            new = from_dict(Insight, fields)
+            self._insights.add([new])
+            key = sys.intern(new.problem_id)
+            self._newest[key] = max(new.step, self._newest.get(key, new.step))
+
     def digest(self) -> str:
-        """sha256 (hex) of step and state: equal for replicas that saw the same."""
-        return store.sha256(store.lines([{"step": self._step}, self.records()]))
+        """sha256 (hex) of all events: equal for replicas that saw the same calls."""
+        return self._journal.digest()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bank):
             return NotImplemented
-        mine, theirs = ((b.config, b._step, b.records(), b._events) for b in (self, other))
+        mine, theirs = ((b.config, b._step, b.digest(), b.records()) for b in (self, other))
         return mine == theirs
 
     __hash__ = None  # type: ignore[assignment]  # it changes
@@ -403,14 +389,10 @@ class Bank:
     def save(self, folder: Path) -> None:
         """Write the bank into a folder, all of it or nothing, in place of one saved there before.
 
+        Full segments of events that an earlier save wrote are linked, not written again.
         Raises ValueError where `folder` holds anything else.
         """
-        header = {
-            "step": self._step,
-            "digest": self.digest(),
-            "config": dataclasses.asdict(self.config),
-        }
-        store.write_tables(folder, header, {**self.records(), "events": self._events})
+        self._journal.save(folder, {"step": self._step, "config": dataclasses.asdict(self.config)})
 
     @classmethod
     def load(cls, folder: Path, config: MemoryConfig | None = None) -> Bank:
@@ -418,61 +400,12 @@ class Bank:
 
         Raises ValueError naming the file that is missing, damaged or of another format.
         """
-        header, tables = store.read_tables(folder)
+        header, journal = Journal.load(folder)
         bank = cls(config or MemoryConfig(**header["config"]))
-        bank._events = tables.pop("events")
-        bank._fill(tables)
-        bank._step = header["step"]
-        if bank.digest() != header["digest"]:
-            raise ValueError(
-                f"{folder}: damaged, its records do not give the digest in manifest.json; "
-                "take another copy"
-            )
+        for event in journal:
+            bank._apply(event)
+        bank._journal = journal
         return bank
-
-
-def behavior_id(name: str, step: int) -> str:
-    return f"{name}@{step}"
-
-
-# --- what says the same -------------------------------------------------------------------------
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two texts share `SAME_WORDS` of their words, order and punctuation apart."""
-    a, b = (set(re.findall(r"\w+", text.casefold())) for text in (one, other))
-    return len(a & b) >= SAME_WORDS * len(a | b)
-
-
-def _united(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*first, *second]))
-
-
-def _absorbed(kept: Behavior, other: Behavior) -> Behavior:
-    """`kept`, with the provenance and the uses of `other` as well."""
-    return dataclasses.replace(
-        kept,
-        insight_ids=_united(kept.insight_ids, other.insight_ids),
-        uses=kept.uses + other.uses,
-        last_used=max(kept.last_used, other.last_used),
-    )
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    """`name`, or the first of name_2, name_3, ... that is not taken."""
-    number = 1
-    free = name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
-
-
-def _by_problem(items: Iterable[Any]) -> dict[str, list[Any]]:
-    grouped: dict[str, list[Any]] = {}
-    for item in items:
-        grouped.setdefault(item.problem_id, []).append(item)
-    return grouped
 
 
 def _inherited(bank: Bank) -> dict[str, list[dict[str, Any]]]:

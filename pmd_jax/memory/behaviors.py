@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int
 
 from pmd_jax.memory import Embed, Generate, guards, prompts, retrieval
-from pmd_jax.memory.bank import Bank, Operation, behavior_id
+from pmd_jax.memory.bank import Bank, Operation
+from pmd_jax.memory.merging import behavior_id
 from pmd_jax.memory.prompts import BehaviorKind, Draft, Note
 from pmd_jax.memory.reflection import Counts, ReflectionConfig, Refused, Tally
 from pmd_jax.records import Behavior, Insight, Message, Problem
@@ -91,8 +92,8 @@ def abstract(
 
 def _has_news(problem: Problem, bank: Bank) -> bool:
     """Whether the problem has an insight newer than the last time its insights were read."""
-    last_read = bank.abstracted_at(problem.id)
-    return any(last_read is None or i.step > last_read for i in bank.insights(problem.id))
+    newest, last_read = bank.newest_insight(problem.id), bank.abstracted_at(problem.id)
+    return newest is not None and (last_read is None or newest > last_read)
 
 
 def _most_news(
@@ -105,7 +106,7 @@ def _most_news(
     with_insights = dict.fromkeys(sorted(set(labels.tolist())), 0)
     with_news = dict(with_insights)
     for problem, label in zip(problems, labels.tolist(), strict=True):
-        with_insights[label] += bool(bank.insights(problem.id))
+        with_insights[label] += bank.newest_insight(problem.id) is not None
         with_news[label] += _has_news(problem, bank)
     ready = [
         label
@@ -117,12 +118,9 @@ def _most_news(
 
 def _worth_reading(members: Sequence[Problem], bank: Bank) -> list[Problem]:
     """The members with insights: those with news first, then by their latest insight."""
-    holding = [p for p in members if bank.insights(p.id)]
-
-    def latest(problem: Problem) -> int:
-        return max(i.step for i in bank.insights(problem.id))
-
-    return sorted(holding, key=lambda p: (not _has_news(p, bank), -latest(p), p.id))
+    holding = [(newest, p) for p in members if (newest := bank.newest_insight(p.id)) is not None]
+    holding.sort(key=lambda pair: (not _has_news(pair[1], bank), -pair[0], pair[1].id))
+    return [problem for _, problem in holding]
 
 
 _Chat = tuple[BehaviorKind | None, tuple[Message, ...], tuple[Insight, ...]]

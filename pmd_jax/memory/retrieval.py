@@ -18,24 +18,8 @@ from jaxtyping import Float, Int
 
 from pmd_jax.memory import Embed
 from pmd_jax.memory.bank import Bank
+from pmd_jax.memory.nearest import DECIMALS
 from pmd_jax.records import Behavior, Problem
-
-DECIMALS = 5
-"""Cosines closer than this are ties."""
-
-
-def nearest(
-    queries: Float[np.ndarray, "Q D"], documents: Float[np.ndarray, "N D"], k: int
-) -> tuple[Int[np.ndarray, "Q K"], Float[np.ndarray, "Q K"]]:
-    """(indices, cosines) of the K = min(k, N) nearest documents per query, nearest first.
-
-    Of documents that are equally near, the one with the lower index comes first.
-    """
-    if k < 1:
-        raise ValueError(f"k: must be at least 1; got {k}")
-    cosines = np.round(queries @ documents.T, DECIMALS)
-    indices = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-    return indices, np.take_along_axis(cosines, indices, axis=1)
 
 
 def cluster_count(
@@ -115,20 +99,21 @@ def query_text(problem: Problem) -> str:
 class Retriever:
     """Behaviors for problems, with every text embedded once.
 
+    embed: to be lent to `Bank.apply_operations` too, so that both share the vectors of behaviors.
     query_prefix: put before questions when they look for behaviors, where the embedding model was
         trained with an instruction (Qwen3-Embedding).
     """
 
     def __init__(self, embed: Embed, query_prefix: str = "") -> None:
-        self._embed = embed
+        self.embed = embed
         self._query_prefix = query_prefix
         self._vectors: dict[str, np.ndarray] = {}
 
     def vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """`embed`, asked only for texts that are new. Itself an `Embed`, to be lent on."""
+        """`embed`, asked only for texts that are new. For questions, which stay the same."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         if new:
-            self._vectors.update(zip(new, self._embed(new), strict=True))
+            self._vectors.update(zip(new, self.embed(new), strict=True))
         return np.stack([self._vectors[text] for text in texts])
 
     def behaviors_for(
@@ -138,10 +123,7 @@ class Retriever:
 
         No threshold: the paper retrieves the top 3 whatever their cosine.
         """
-        behaviors = bank.behaviors
-        if not behaviors or not problems or k == 0:
+        if not bank.sizes()["behaviors"] or not problems or k == 0:
             return [[] for _ in problems]
         queries = self.vectors([self._query_prefix + query_text(p) for p in problems])
-        documents = self.vectors([b.text for b in behaviors])
-        indices, _ = nearest(queries, documents, k)
-        return [[behaviors[i] for i in row] for row in indices.tolist()]
+        return bank.nearest_behaviors(queries, k, self.embed)
