@@ -33,10 +33,18 @@ def _scores(equation: str, q: Array, k: Array) -> Array:
     return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * scale
 
 
-def _causal_mask(tokens: int, window: Window) -> Bool[Array, "T T"]:
-    """[reader, read] within one row."""
-    behind = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+def _causal_mask(readers: int, read: int, window: Window) -> Bool[Array, "T S"]:
+    """[reader, read] within one row, the last of both being the same token."""
+    behind = jnp.arange(read - readers, read)[:, None] - jnp.arange(read)
     return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+
+
+def causal_blocks(tokens: int) -> int:
+    """Into how many blocks the readers of a row are cut: at most 4, of 128 tokens or more.
+
+    Each reads no further than its own end, so 4 blocks compute 5/8 of a row's square of scores.
+    """
+    return next((n for n in (4, 3, 2) if tokens % n == 0 and tokens // n >= 128), 1)
 
 
 def causal(
@@ -46,10 +54,19 @@ def causal(
     window: Window = None,
 ) -> Float[Array, "B T H d"]:
     """Each token sees itself and what stands before it in its row."""
-    mask = _causal_mask(q.shape[1], window)
-    scores = _scores("btkrd,bskd->bkrts", _split_heads(q, k.shape[2]), k)
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED)).astype(v.dtype)
-    return jnp.einsum("bkrts,bskd->btkrd", weights, v).reshape(q.shape)
+    blocks = causal_blocks(q.shape[1])
+    size = q.shape[1] // blocks
+
+    def block(start: int) -> Array:
+        end = start + size
+        mask = _causal_mask(size, end, window)
+        own = _split_heads(q[:, start:end], k.shape[2])
+        scores = _scores("btkrd,bskd->bkrts", own, k[:, :end])
+        weights = jax.nn.softmax(jnp.where(mask, scores, MASKED)).astype(v.dtype)
+        return jnp.einsum("bkrts,bskd->btkrd", weights, v[:, :end])
+
+    out = [block(i * size) for i in range(blocks)]
+    return (out[0] if blocks == 1 else jnp.concatenate(out, axis=1)).reshape(q.shape)
 
 
 def grouped(
@@ -93,7 +110,7 @@ def grouped(
     if window is not None:
         reader = seen[..., None] + jnp.arange(response)  # positions of the response's tokens
         prompt_mask &= reader[..., None] - jnp.arange(length) < window
-    own_mask = _causal_mask(response, window)
+    own_mask = _causal_mask(response, response, window)
     scores = jnp.concatenate(
         [
             jnp.where(

@@ -41,7 +41,10 @@ class Part(NamedTuple):
 
 
 def _attend(q: Float[Array, "X K m d"], segment: Segment, mask: Array) -> Part:
-    """Softmax weights of m queries on one segment, not yet divided by their sum."""
+    """Softmax weights of m queries on one segment, not yet divided by their sum.
+
+    Of a query that sees nothing here, `top` is so low that the other segment takes it all.
+    """
     k, v, k_scale, v_scale = segment
     s = jnp.einsum("xkmd,xkds->xkms", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
     s = s * q.shape[-1] ** -0.5
@@ -49,7 +52,7 @@ def _attend(q: Float[Array, "X K m d"], segment: Segment, mask: Array) -> Part:
         s = s * k_scale[..., None, :]
     s = jnp.where(mask, s, MASKED)
     top = jnp.max(s, axis=-1)
-    weights = jnp.where(mask, jnp.exp(s - top[..., None]), 0)
+    weights = jnp.exp(s - top[..., None])
     total = jnp.sum(weights, axis=-1)
     if v_scale is not None:
         weights = weights * v_scale[..., None, :]
@@ -70,7 +73,7 @@ def cached(
     ring_age: Int[Array, " C"],
     window: Window = None,
 ) -> Float[Array, "B H d"]:
-    """The context of one new token a row. A row that sees nothing gets zeros.
+    """The context of one new token a row. Only idle rows see nothing, and get what nobody reads.
 
     ring_age: how many steps ago each column was written, 0 for the one of this step.
     """
@@ -102,5 +105,5 @@ def cached(
     parts = [(part, jnp.exp(part.top - top)) for part in (shared, mine)]
     total = sum(part.total * scale for part, scale in parts)
     value = sum(part.value * scale[..., None] for part, scale in parts)
-    out = value / jnp.maximum(total, 1e-30)[..., None]  # type: ignore[arg-type]
+    out = value / total[..., None]  # type: ignore[index]
     return out.reshape(q.shape).astype(q.dtype)

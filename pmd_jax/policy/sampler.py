@@ -120,21 +120,26 @@ class Weights:
 
     top: embedding, head and final norm. layers: one tree a layer. Both are cast once here, not at
     every token, and are whole on every shard of the batch, so that a decode step sends no weights;
-    where nothing is to be cast or sent, top is the policy's own arrays.
+    where nothing is to be cast or sent, top is the policy's own arrays. turned: the matrices of the
+    layers are [out, in], as a CPU multiplies few rows fastest (model.outputs_first).
     """
 
     params: model.Params
     top: model.Params
     layers: list[model.Params]
+    turned: bool
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _unrolled(layers: model.Params, config: ModelConfig, dtype: Any) -> list[model.Params]:
+@partial(jax.jit, static_argnames=("config", "dtype", "turned"))
+def _unrolled(
+    layers: model.Params, config: ModelConfig, dtype: Any, turned: bool
+) -> list[model.Params]:
     """One tree a layer, cast, and whole on every shard of the batch."""
     axes = {w.path[1]: w.axes for w in weight_table(config) if w.stacked}
 
     def one(name: str, weight: jax.Array) -> jax.Array:
-        return constrain(weight.astype(dtype), *_whole(axes[name]))
+        weight = constrain(weight.astype(dtype), *_whole(axes[name]))
+        return weight.T if turned else weight
 
     return [{name: one(name, w[i]) for name, w in layers.items()} for i in range(config.num_layers)]
 
@@ -148,14 +153,15 @@ def rollout_weights(params: model.Params, config: ModelConfig, mesh: Mesh, dtype
     """The weights of a policy as sampling wants them."""
     top = {name: leaf for name, leaf in params.items() if name != "layers"}
     axes = {w.path[0]: w.axes for w in weight_table(config) if not w.stacked}
+    turned = mesh.devices.flat[0].platform == "cpu"
     with jax.set_mesh(mesh):
-        layers = _unrolled(params["layers"], config, dtype)
+        layers = _unrolled(params["layers"], config, dtype, turned)
         for name in top.keys() & {"embed", "head"}:
             if top[name].dtype != dtype:
                 top[name] = top[name].astype(dtype)
             if mesh.shape["fsdp"] > 1:
                 top[name] = jax.device_put(top[name], named(mesh, *_whole(axes[name])))
-    return Weights(params, top, layers)
+    return Weights(params, top, layers, turned)
 
 
 def bucket(length: int, step: int) -> int:
@@ -204,11 +210,23 @@ def _draw(top, hidden, rows, sampling, cuts, num_tokens) -> Drawn:
 
 @partial(
     jax.jit,
-    static_argnames=("config", "dtype", "chunk", "cuts", "num_tokens"),
+    static_argnames=("config", "dtype", "chunk", "cuts", "num_tokens", "turned"),
     donate_argnames="state",
 )
 def _decode(
-    top, layers, state, rows, steps, sampling, stop_tokens, config, dtype, chunk, cuts, num_tokens
+    top,
+    layers,
+    state,
+    rows,
+    steps,
+    sampling,
+    stop_tokens,
+    config,
+    dtype,
+    chunk,
+    cuts,
+    num_tokens=None,
+    turned=False,
 ):
     """Runs up to `steps` <= chunk steps, fewer when every row is done.
 
@@ -239,7 +257,9 @@ def _decode(
 
         attends = [attend_in(*pair) for pair in zip(state["prompt"], ring, strict=True)]
         positions = prompt_len + count - 1
-        hidden, ring = model.decode_hidden(top, layers, newest, positions, attends, config, dtype)
+        hidden, ring = model.decode_hidden(
+            top, layers, newest, positions, attends, config, dtype, turned
+        )
         hidden = jnp.where((count == 0)[:, None], first, hidden)
         drawn = _draw(top, hidden, flat | {"count": count}, sampling, cuts, num_tokens)
         out = jax.tree.map(lambda o, new: lax.dynamic_update_index_in_dim(o, new, i, 0), out, drawn)
@@ -501,6 +521,7 @@ class _Run:
             chunk=sampler.engine.chunk,
             cuts=self.cuts,
             num_tokens=sampler.num_tokens,
+            turned=self.weights.turned,
         )
         after, ran, drawn = jax.device_get((after, ran, drawn))
         sampler.stats.device_seconds += time.perf_counter() - began

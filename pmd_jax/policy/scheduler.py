@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-SLACK = 1.5  # members per slot over an even spread, so that long groups may take more rows
+SLACK = 1.25  # members per slot over an even spread, so that long groups may take more rows
 
 
 def power_of_two(n: int) -> int:

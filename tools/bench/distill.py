@@ -52,6 +52,25 @@ class Workload:
         return [group(i) for i in range(self.groups)]
 
 
+def plain_hidden(params: model.Params, rows: Any, of: ModelConfig, dtype: Any) -> jax.Array:
+    """Hidden states [B, T, D] with textbook attention: every score of a row, then a mask."""
+    turns = model.Turns.of(jnp.arange(rows.shape[1]), of)
+    mask = jnp.tril(jnp.ones((rows.shape[1],) * 2, bool))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, None]:
+        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+        scores = jnp.einsum("btkrd,bskd->bkrts", grouped, k) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30))
+        context = jnp.einsum("bkrts,bskd->btkrd", weights.astype(v.dtype), v)
+        return context.reshape(q.shape), None
+
+    def layer(h: jax.Array, weights: model.Params) -> tuple[jax.Array, None]:
+        return model.block(weights, h, turns, None, attend, of)
+
+    h, _ = jax.lax.scan(layer, model.embed(params, rows, of, dtype), params["layers"])
+    return model.final_norm(params, h, of)
+
+
 def naive_loss(
     params: model.Params, batch: DistillBatch, config: DistillConfig, of: ModelConfig, dtype: Any
 ) -> jax.Array:
@@ -64,7 +83,7 @@ def naive_loss(
     def log_probs(params: model.Params, prompt: Any, index: Any) -> jax.Array:
         prompts = jnp.take_along_axis(prompt, index[..., None], axis=1)
         rows = jnp.concatenate([prompts, batch.response], axis=-1).reshape(n * g, -1)
-        hidden = model.causal_hidden(params, rows, of, dtype)[:, -t - 1 : -1]
+        hidden = plain_hidden(params, rows, of, dtype)[:, -t - 1 : -1]
         return jax.nn.log_softmax(model.logits(model.head_of(params), hidden))
 
     student = log_probs(params, batch.student_prompt, jnp.zeros_like(batch.prompt_of))
