@@ -1,7 +1,8 @@
 """The bytes that one device holds while a run samples and while it trains: tools/plan.py's account.
 
 Counted: what the library's own code allocates, from the shapes that it allocates: weights,
-moments, EMA, the sampler's copy and its cache, the batch, what JAX keeps for the backward pass.
+moments, EMA, the sampler's copy, its cache and the one that follows it, the batch, what JAX keeps
+for the backward pass.
 Estimated: what XLA makes of the rest; tests/test_plan.py says how well.
 
 Left out: evaluation, reflection and a second model that writes behaviors, with prompts and lengths
@@ -37,7 +38,8 @@ from pmd_jax.policy import cache
 from pmd_jax.policy.families import Attention, ModelConfig, read_config, weight_table
 from pmd_jax.policy.model import Params, dual_hidden, stacked_axes, stacked_shape, tree_of
 from pmd_jax.policy.policy import find_model
-from pmd_jax.policy.sampler import MAX_PREFILL, bucket, slots
+from pmd_jax.policy.sampler import bucket
+from pmd_jax.policy.scheduler import Shape, power_of_two, shape_for
 from pmd_jax.policy.sharding import (
     MESH_AXES,
     MeshConfig,
@@ -139,6 +141,11 @@ class Work:
         one = self.group
         return one.student_prompt.shape[2], *one.teacher_prompt.shape[1:], *one.response.shape[1:]
 
+    @property
+    def columns(self) -> tuple[int, int]:
+        """Of the sampler's cache: those of a prompt, and those of a ring that is full-grown."""
+        return bucket(self.prompt_tokens, 64), bucket(self.config.rollout.max_new_tokens, 16)
+
     @functools.cached_property
     def group(self) -> DistillBatch:
         """One group, padded as the run would pad it."""
@@ -232,26 +239,30 @@ def held_state(work: Work) -> TrainState:
 
 
 def held_copy(work: Work) -> list[Any]:
-    """What sampling adds to the weights, as shapes (sampler.rollout_weights)."""
-    params = held_params(work.model, work.mesh, work.dtype)
-    cast = [leaf for name, leaf in params.items() if name in ("embed", "head")]
-    return [params["layers"], *(cast if work.dtype != F32 else [])]
+    """What sampling adds to the weights, as shapes: whole over fsdp (sampler.rollout_weights)."""
+    mesh = work.mesh.shape
+    whole = abstract_mesh(MeshConfig(1, 1, mesh["tensor"]), mesh["tensor"])
+    params = held_params(work.model, whole, work.dtype)
+    top = [leaf for name, leaf in params.items() if name in ("embed", "head")]
+    return [params["layers"], *(top if work.dtype != F32 or mesh["fsdp"] > 1 else [])]
 
 
-def held_cache(work: Work, max_rows: int) -> Any:
-    """One device's part of the state of sampling, as shapes (cache.empty_state)."""
-    groups, rows = slots_of(work, max_rows)
-    longest = work.config.rollout.max_new_tokens
-    sizes = groups // work.shards, rows, bucket(work.prompt_tokens, 64), bucket(longest, 16)
+def held_cache(work: Work, shape: Shape, columns: int = 0) -> Any:
+    """One device's part of the state of sampling, as shapes (cache.empty_state).
+
+    columns: of the ring; 0 is the full-grown one.
+    """
+    sizes = shape._replace(shards=1), work.columns[0], columns or work.columns[1]
+    int8 = work.config.engine.kv_cache == "int8"
     return jax.eval_shape(
-        lambda: cache.empty_state(work.slice, *sizes, single_device_mesh(), work.dtype)
+        lambda: cache.empty_state(work.slice, *sizes, single_device_mesh(), work.dtype, int8)
     )
 
 
-def slots_of(work: Work, max_rows: int) -> tuple[int, int]:
-    """(groups, rows of each) in which the sampler puts the rollouts of a step."""
+def slots_of(work: Work, max_rows: int) -> Shape:
+    """The tables in which the sampler puts the rollouts of a step."""
     rollout = work.config.rollout
-    return slots(rollout.problems_per_step, rollout.rollouts_per_problem, max_rows, work.shards)
+    return shape_for(rollout.problems_per_step, rollout.rollouts_per_problem, max_rows, work.shards)
 
 
 def state_lines(work: Work) -> tuple[Line, ...]:
@@ -315,6 +326,7 @@ def sides(work: Work, groups: int) -> tuple[Side, Side]:
 # Arrays of one kind that XLA keeps at once, found by compiling (tests/test_plan.py).
 SCORES_FORWARD = 3
 SCORES_BACKWARD = 1  # beside those that the backward pass recomputes
+SCORES_SAMPLED = 2
 LOGITS_SAMPLED = 3
 LOGITS_DISTILLED = 6
 LOGITS_MIXED = 8  # with the mixture of jensen_shannon over the whole vocabulary
@@ -360,32 +372,71 @@ def gathered_bytes(work: Work, dtype: Any) -> int:
     return one * dtype.itemsize if work.mesh.shape["fsdp"] > 1 else 0
 
 
+def prefill_bytes(work: Work, shape: Shape) -> int:
+    """The working set of one prefill, whose prompts may all be those of one shard."""
+    model, (prompt, _) = work.slice, work.columns
+    most = max(work.config.engine.prefill_tokens // prompt, 1)
+    loads = min(work.config.rollout.problems_per_step, shape.shards * shape.slots)
+    prompts = min(power_of_two(min(most, loads) + 1) // 2, power_of_two(shape.slots))
+    new = 2 * model.num_layers * model.num_kv_heads * model.head_dim * work.dtype.itemsize
+    forward = forward_bytes(work, Side(prompts * prompt, prompts * prompt**2, 0))
+    layers = cast_bytes(work) + gathered_bytes(work, work.dtype)
+    return prompts * prompt * new + layers + forward
+
+
+def decoding_bytes(work: Work, shape: Shape) -> int:
+    """The working set of one decode step, of which attention and head come one after the other.
+
+    A cache in int8 is read in the dtype of computation: XLA (on the CPU) casts one layer's ring at
+    a time, and all prompts before the loop over steps, because no step changes them.
+    """
+    model, (prompt, ring) = work.slice, work.columns
+    scores = model.num_heads * max(shape.slots * shape.members * prompt, shape.rows * ring)
+    column = 2 * model.num_kv_heads * model.head_dim * work.dtype.itemsize
+    column *= work.config.engine.kv_cache == "int8"
+    attended = 4 * SCORES_SAMPLED * scores + column * shape.rows * ring
+    logits = 4 * LOGITS_SAMPLED * shape.rows * model.vocab_size
+    return column * model.num_layers * shape.slots * prompt + max(attended, logits)
+
+
+def resized_bytes(work: Work, shape: Shape) -> int:
+    """The second cache, at its largest: a shorter ring that grows, or one of half the rows.
+
+    That of half the rows is full-grown, as if all responses that are left were long.
+    """
+    engine, (_, full) = work.config.engine, work.columns
+    before = max(power_of_two(full) // 2, power_of_two(engine.chunk), engine.min_columns)
+    ring = held_cache(work, shape, before)["ring"] if before < full else []
+    least, half = -(-engine.min_rows // shape.shards), shape.rows // 2
+    if half < least:
+        return num_bytes(ring)
+    rows = max(power_of_two(half + 1) // 2, least)
+    moved = shape._replace(rows=rows, slots=min(shape.slots, power_of_two(rows)))
+    return max(num_bytes(ring), num_bytes(held_cache(work, moved)))
+
+
 def sampling(work: Work, max_rows: int) -> Phase:
     """The rollouts of a step: the state, the sampler's copy of the weights, and its cache.
 
-    Nothing cuts the prompts of a prefill; and fsdp cuts the width of decoding, not its rows.
+    The ring is full-grown in all moments.
     """
-    groups, rows = slots_of(work, max_rows)
-    model, size, prompts = work.slice, work.dtype.itemsize, min(MAX_PREFILL, groups)
-    prompt, ring = bucket(work.prompt_tokens, 64), bucket(work.config.rollout.max_new_tokens, 16)
-    new = 2 * prompts * prompt * model.num_layers * model.num_kv_heads * model.head_dim * size
-    scores = groups // work.shards * rows * model.num_heads * (prompt + ring)
-    logits = groups // work.mesh.shape["data"] * rows * model.vocab_size
+    shape = slots_of(work, max_rows)
     moments = {
-        "prefill": new
-        + cast_bytes(work)
-        + forward_bytes(work, Side(prompts * prompt, prompts * prompt**2, 0)),
-        "decoding": 4 * (SCORES_FORWARD * scores + LOGITS_SAMPLED * logits),
+        "prefill": prefill_bytes(work, shape),
+        "decoding": decoding_bytes(work, shape),
+        "resizing": resized_bytes(work, shape),
     }
     fullest = max(moments, key=lambda name: moments[name])
-    cached = num_bytes(held_cache(work, max_rows))
+    resizing, cached = fullest == "resizing", num_bytes(held_cache(work, shape))
+    rows, prompts = shape.shards * shape.rows, shape.shards * shape.slots
+    name = "the cache that is grown or halved" if resizing else f"working set of {fullest}"
     return Phase(
         fullest,
         (
             *state_lines(work),
             Line("the sampler's copy of the weights", num_bytes(held_copy(work))),
-            Line(f"key-value cache of {groups} x {rows} rows", cached),
-            Line(f"working set of {fullest}", moments[fullest], exact=False),
+            Line(f"key-value cache of {rows} rows, {prompts} prompts", cached),
+            Line(name, moments[fullest], exact=resizing),
         ),
     )
 

@@ -17,7 +17,9 @@ run works here as it is.
 
 Every line says whether its bytes are counted or estimated (account.py). All FLOPs are those of
 matrix products; attention counts masked scores where plain XLA computes them, and for kernels what
-causality shows, windows left aside, with what they compute again in their backward pass.
+causality shows, windows left aside, with what they compute again in their backward pass. Decoding
+counts what its program computes with every row in use and the ring full-grown: every place of the
+table of members reads its prompt, and there are more of them than rows.
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ from pmd_jax.config import RunConfig
 from pmd_jax.policy.families import ModelConfig, weight_table
 from pmd_jax.policy.kernels import choose_attention
 from pmd_jax.policy.model import stacked_shape
-from pmd_jax.policy.sampler import bucket
 from tools.account import (
     Phase,
     Work,
@@ -49,6 +50,7 @@ from tools.account import (
     sampling,
     scores_bytes,
     sides,
+    slots_of,
     training,
 )
 
@@ -110,13 +112,16 @@ def flops(work: Work) -> dict[str, int]:
         again -= 2 * model.num_layers * matrices["down"] * student.tokens
     if config.distill.remat == "context":
         again -= attended // 2 if model.attention == "xla" else attended
-    prompt, ring = bucket(work.prompt_tokens, 64), bucket(config.rollout.max_new_tokens, 16)
+    prompt, ring = work.columns
     before = row_pairs(model.attention, prompt)
     problems = config.rollout.problems_per_step
     sampled = problems * g * work.response_tokens
+    shape = slots_of(work, config.engine.max_rows)
+    places = shape.slots * shape.members
     return {
         "rollout: prefill": problems * (per_token * prompt + per_pair * before),
-        "rollout: decode": sampled * (per_token + per_pair * (prompt + ring)),
+        "rollout: decode": sampled * (per_token + per_pair * ring)
+        + sampled * places * per_pair * prompt // shape.rows,
         "rollout: output head": sampled * per_logits,
         "distill: student forward": own,
         "distill: student backward": backward,
