@@ -250,10 +250,10 @@ class Compilations:
         self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 # --- what a person watches ------------------------------------------------------------------

@@ -130,36 +130,6 @@ def test_the_cache_is_what_a_device_of_the_mesh_holds(kv_cache, problems, max_ro
     assert held == bytes_on_first_device(run.state)
 
 
-@pytest.mark.parametrize(("min_rows", "columns"), [(1, 16), (8, 16), (8, 32), (64, 48)])
-def test_the_next_cache_is_the_largest_that_the_sampler_makes(monkeypatch, min_rows, columns):
-    """Half of the responses end when the ring is full-grown, and the others go on."""
-    engine = EngineConfig(16, chunk=4, min_rows=min_rows, min_columns=columns)
-    sizes = 2, 1, 2
-    made = work((4, 16, 2, 32, 4, 48), mesh=sizes, engine=engine)
-    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:4])
-    beside, picked = [0], [0]
-
-    def resize(ring, column, rows, columns, real=sampler._resize):
-        new = real(ring, column, rows, columns=columns)
-        moved = rows is not None
-        beside.append(bytes_on_first_device(new if moved else ring) + moved * picked[-1])
-        return new
-
-    def pick(held, slots, real=sampler._pick):
-        new = real(held, slots)
-        picked.append(bytes_on_first_device(new))
-        return new
-
-    monkeypatch.setattr(sampler, "_resize", resize)
-    monkeypatch.setattr(sampler, "_pick", pick)
-    weights = rollout_weights(params_on(mesh), CONFIG, mesh, F32)
-    limits = [[40, 40, 48, 48]] * 4
-    Sampler(CONFIG, engine, mesh, F32).generate(
-        weights, [[1] * 16] * 4, limits, SamplingConfig(), [], 0
-    )
-    assert account.resized_bytes(made, account.slots_of(made, 16)) == max(beside)
-
-
 # --- FLOPs --------------------------------------------------------------------------------------
 
 

@@ -163,6 +163,7 @@ def test_the_logits_of_a_sharded_vocabulary_do_not_travel():
                 chunk=16,
                 cuts=Cuts(True, True),
                 num_tokens=90,
+                turned=weights.turned,
             )
             .compile()
             .as_text()

@@ -14,9 +14,9 @@ def seats(scheduler):
 @pytest.mark.parametrize(
     ("asked", "shape"),
     [
-        ((8, 8, 32, 1), Shape(1, 8, 32, 6)),  # slots for twice the rows, 1.5 x 32 / 8 members
+        ((8, 8, 32, 1), Shape(1, 8, 32, 5)),  # slots for twice the rows, 1.25 x 32 / 8 members
         ((8, 8, 64, 1), Shape(1, 8, 64, 8)),  # everything at once
-        ((32, 8, 64, 1), Shape(1, 16, 64, 6)),
+        ((32, 8, 64, 1), Shape(1, 16, 64, 5)),
         ((5, 1, 64, 1), Shape(1, 8, 8, 1)),  # one response a prompt: a slot a row
         ((1, 64, 64, 1), Shape(1, 1, 64, 64)),
         ((8, 4, 16, 4), Shape(4, 2, 4, 3)),  # cut over four shards

@@ -35,6 +35,7 @@ from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.distill.objectives import check_micro_batch, chunk_length
 from pmd_jax.distill.update import TrainState, make_optimizer
 from pmd_jax.policy import cache
+from pmd_jax.policy.attention import causal_blocks
 from pmd_jax.policy.families import Attention, ModelConfig, read_config, weight_table
 from pmd_jax.policy.model import Params, dual_hidden, stacked_axes, stacked_shape, tree_of
 from pmd_jax.policy.policy import find_model
@@ -279,13 +280,15 @@ def state_lines(work: Work) -> tuple[Line, ...]:
 class Side:
     """What one forward pass is about: tokens, and the (reader, read) pairs that it computes.
 
-    Pairs of prompts and of responses exist one after the other. read: the columns of keys that
-    all responses read together, where a kernel has them as rows.
+    Pairs of prompts and of responses exist one after the other, those of prompts in blocks, of
+    which the largest is `block_pairs`. read: the columns of keys that all responses read together,
+    where a kernel has them as rows.
     """
 
     tokens: int
     prompt_pairs: int
-    response_pairs: int
+    block_pairs: int
+    response_pairs: int = 0
     read: int = 0
 
     @property
@@ -296,14 +299,21 @@ class Side:
 def row_pairs(attention: Attention, tokens: int, before: int = 0) -> int:
     """The pairs that a row computes, behind so many tokens that it reads as well.
 
-    XLA computes all of them; kernels leave out what causality hides, but for parts of blocks, and
-    cuDNN computes the tokens before as readers too. What windows hide is counted.
+    XLA computes all of them, of a prompt those of its blocks; kernels leave out what causality
+    hides, but for parts of blocks, and cuDNN computes the tokens before as readers too. What
+    windows hide is counted.
     """
     if attention == "xla":
-        return tokens * (before + tokens)
+        blocks = causal_blocks(tokens) if not before else 1
+        return tokens * before + tokens * tokens * (blocks + 1) // (2 * blocks)
     hidden = tokens * (tokens - 1) // 2
     readers = before * (before + 1) // 2 if attention == "cudnn" else 0
     return readers + tokens * (before + tokens) - hidden
+
+
+def block_pairs(tokens: int) -> int:
+    """The pairs of the last and largest block of a prompt."""
+    return tokens * tokens // causal_blocks(tokens)
 
 
 def sides(work: Work, groups: int) -> tuple[Side, Side]:
@@ -316,6 +326,7 @@ def sides(work: Work, groups: int) -> tuple[Side, Side]:
         return Side(
             rows * length + responses * t,
             rows * pairs(length),
+            rows * block_pairs(length),
             responses * pairs(t, length),
             responses * (length + t),
         )
@@ -336,7 +347,7 @@ def scores_bytes(work: Work, side: Side) -> int:
     """One array of one layer's attention scores, float32, which kernels never write."""
     if work.model.attention != "xla":
         return 0
-    return 4 * work.slice.num_heads * max(side.prompt_pairs, side.response_pairs)
+    return 4 * work.slice.num_heads * max(side.block_pairs, side.response_pairs)
 
 
 def rows_bytes(work: Work, side: Side) -> int:
@@ -379,7 +390,8 @@ def prefill_bytes(work: Work, shape: Shape) -> int:
     loads = min(work.config.rollout.problems_per_step, shape.shards * shape.slots)
     prompts = min(power_of_two(min(most, loads) + 1) // 2, power_of_two(shape.slots))
     new = 2 * model.num_layers * model.num_kv_heads * model.head_dim * work.dtype.itemsize
-    forward = forward_bytes(work, Side(prompts * prompt, prompts * prompt**2, 0))
+    pairs = prompts * row_pairs(work.model.attention, prompt), prompts * block_pairs(prompt)
+    forward = forward_bytes(work, Side(prompts * prompt, *pairs))
     layers = cast_bytes(work) + gathered_bytes(work, work.dtype)
     return prompts * prompt * new + layers + forward
 
@@ -399,44 +411,26 @@ def decoding_bytes(work: Work, shape: Shape) -> int:
     return column * model.num_layers * shape.slots * prompt + max(attended, logits)
 
 
-def resized_bytes(work: Work, shape: Shape) -> int:
-    """The second cache, at its largest: a shorter ring that grows, or one of half the rows.
-
-    That of half the rows is full-grown, as if all responses that are left were long.
-    """
-    engine, (_, full) = work.config.engine, work.columns
-    before = max(power_of_two(full) // 2, power_of_two(engine.chunk), engine.min_columns)
-    ring = held_cache(work, shape, before)["ring"] if before < full else []
-    least, half = -(-engine.min_rows // shape.shards), shape.rows // 2
-    if half < least:
-        return num_bytes(ring)
-    rows = max(power_of_two(half + 1) // 2, least)
-    moved = shape._replace(rows=rows, slots=min(shape.slots, power_of_two(rows)))
-    return max(num_bytes(ring), num_bytes(held_cache(work, moved)))
-
-
 def sampling(work: Work, max_rows: int) -> Phase:
     """The rollouts of a step: the state, the sampler's copy of the weights, and its cache.
 
-    The ring is full-grown in all moments.
+    The ring is full-grown in all moments; while it grows, one layer of it exists twice.
     """
     shape = slots_of(work, max_rows)
     moments = {
         "prefill": prefill_bytes(work, shape),
         "decoding": decoding_bytes(work, shape),
-        "resizing": resized_bytes(work, shape),
     }
     fullest = max(moments, key=lambda name: moments[name])
-    resizing, cached = fullest == "resizing", num_bytes(held_cache(work, shape))
+    cached = num_bytes(held_cache(work, shape))
     rows, prompts = shape.shards * shape.rows, shape.shards * shape.slots
-    name = "the cache that is grown or halved" if resizing else f"working set of {fullest}"
     return Phase(
         fullest,
         (
             *state_lines(work),
             Line("the sampler's copy of the weights", num_bytes(held_copy(work))),
             Line(f"key-value cache of {rows} rows, {prompts} prompts", cached),
-            Line(name, moments[fullest], exact=resizing),
+            Line(f"working set of {fullest}", moments[fullest], exact=False),
         ),
     )
 

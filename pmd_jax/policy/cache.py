@@ -128,7 +128,7 @@ def insert_prompts(
     which no row reads.
     """
 
-    def put(old: Array, new: Array, axis: int | None = None) -> Array:
+    def put(old: Any, new: Array, axis: int | None = None) -> Array:
         """old [N, ...], new [F, m, ...], which may be shorter than old along `axis`."""
 
         def one(old: Array, at: Array, new: Array) -> Array:
@@ -141,11 +141,11 @@ def insert_prompts(
 
     def layer(old: Segment, k: Array, v: Array) -> Segment:
         new = _entries(k, v, old.k_scale is not None)
-        scales = [
-            None if scale is None else put(scale, fresh, 2)
-            for scale, fresh in ((old.k_scale, new.k_scale), (old.v_scale, new.v_scale))
-        ]
-        return Segment(put(old.k, new.k.swapaxes(-1, -2), 3), put(old.v, new.v, 2), *scales)
+        keys, values = put(old.k, new.k.swapaxes(-1, -2), 3), put(old.v, new.v, 2)
+        if new.k_scale is None or new.v_scale is None:
+            return Segment(keys, values)
+        scales = put(old.k_scale, new.k_scale, 2), put(old.v_scale, new.v_scale, 2)
+        return Segment(keys, values, *scales)
 
     prompt = [layer(old, k, v) for old, k, v in zip(state["prompt"], *cache, strict=True)]
     return state | {
@@ -166,14 +166,15 @@ def write_ring(
     new = _entries(k, v, ring.k_scale is not None)
     at = column % ring.v.shape[2]
 
-    def write(old: Array, new: Array, axis: int) -> Array:
+    def write(old: Any, new: Array, axis: int) -> Array:
         return lax.dynamic_update_slice_in_dim(old, jnp.expand_dims(new, axis), at, axis)
 
-    scales = [
-        None if scale is None else write(scale, fresh, 2)
-        for scale, fresh in ((ring.k_scale, new.k_scale), (ring.v_scale, new.v_scale))
-    ]
-    return Segment(write(ring.k, new.k, 3), write(ring.v, new.v, 2), *scales)
+    keys, values = write(ring.k, new.k, 3), write(ring.v, new.v, 2)
+    if new.k_scale is None or new.v_scale is None:
+        return Segment(keys, values)
+    return Segment(
+        keys, values, write(ring.k_scale, new.k_scale, 2), write(ring.v_scale, new.v_scale, 2)
+    )
 
 
 def pick(tree: Any, index: Int[Array, "F I"]) -> Any:
@@ -182,26 +183,28 @@ def pick(tree: Any, index: Int[Array, "F I"]) -> Any:
 
 
 def resize(
-    ring: list[Segment], column: Array, rows: Int[Array, "F b"] | None, columns: int
-) -> tuple[list[Segment], Array]:
-    """A ring of these rows alone (None: all) and of `columns`, and its next column.
+    ring: Segment, column: Int[Array, ""], rows: Int[Array, "F b"] | None, columns: int
+) -> Segment:
+    """One layer's ring of these rows alone (None: all) and of `columns`.
 
-    The newest columns are kept, oldest first from 0; the next step writes behind them.
+    column: the next to be written, which is the oldest of all. The newest columns are kept, oldest
+    first from 0; the next step writes behind them, at `resized_column`.
     """
-    before = ring[0].v.shape[2]
+    before = ring.v.shape[2]
     kept = min(before, columns)
-    # The next column to be written is the oldest of all.
     newest = (column + before - kept + jnp.arange(kept)) % before
+    ring = ring if rows is None else pick(ring, rows)
 
-    def lined_up(x: Array, axis: int) -> Array:
+    def lined_up(x: Any, axis: int) -> Any:
+        if x is None or columns == before:
+            return x
         widths = [(0, columns - kept if i == axis else 0) for i in range(x.ndim)]
         return jnp.pad(jnp.take(x, newest, axis=axis), widths)
 
-    def one(old: Segment) -> Segment:
-        old = old if rows is None else pick(old, rows)
-        if columns == before:
-            return old
-        k, *others = (x if x is None else lined_up(x, 3 - (i > 0)) for i, x in enumerate(old))
-        return Segment(k, *others)  # type: ignore[arg-type]
+    k, v, k_scale, v_scale = ring
+    return Segment(lined_up(k, 3), lined_up(v, 2), lined_up(k_scale, 2), lined_up(v_scale, 2))
 
-    return [one(old) for old in ring], column if columns == before else jnp.int32(kept)
+
+def resized_column(column: Int[Array, ""], before: int, columns: int) -> Int[Array, ""]:
+    """Where the next step writes in a ring that had `before` columns and now has `columns`."""
+    return column if columns == before else jnp.int32(min(before, columns))

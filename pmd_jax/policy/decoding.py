@@ -22,14 +22,14 @@ from pmd_jax.policy.cache import Segment, gather
 class Seats(NamedTuple):
     """Who reads what. members: the rows that read a slot. place: slot * M + member of each row.
 
-    Both count within the shard. prompt_len: of each slot. count: tokens of each row in its ring,
-    the newest included, so that the reader's position is prompt_len + count - 1.
+    Both count within the shard. prompt_len: of each slot. filled: tokens of each row in its ring,
+    the newest included, so that the reader's position is prompt_len + filled - 1.
     """
 
     members: Int[Array, "F n M"]
     place: Int[Array, "F b"]
     prompt_len: Int[Array, " N"]
-    count: Int[Array, " B"]
+    filled: Int[Array, " B"]
 
 
 class Part(NamedTuple):
@@ -85,9 +85,9 @@ def cached(
     asking = asking.reshape(*asking.shape[:2], members * repeats, width)
     positions = jnp.arange(prompt.v.shape[2])
     seen = (positions < seats.prompt_len[:, None])[:, None, None]  # [N, 1, 1, P]
-    visible = seats.count
+    visible = seats.filled
     if window is not None:
-        reader = seats.prompt_len[:, None] + gather(seats.count, seats.members) - 1  # [N, M]
+        reader = seats.prompt_len[:, None] + gather(seats.filled, seats.members) - 1  # [N, M]
         near = reader[..., None] - positions < window
         seen &= jnp.repeat(near, repeats, axis=1)[:, None]
         visible = jnp.minimum(visible, window)

@@ -476,16 +476,19 @@ class _Run:
         needed = int(self.rows["count"][~self.rows["done"]].max()) + engine.chunk
         columns = ring_columns(needed, self.longest, engine)
         shape, rows = scheduler.smaller(engine.min_rows), None
+        state, before = self.state, self.columns
         if shape is not None:
             rows, slots = scheduler.move(shape)
             self.rows = self.moved(shape, rows, slots)
-            held = {name: self.state[name] for name in ("prompt", "first_hidden")}
-            self.state |= _pick(held, slots)
-        elif columns <= self.columns:
+            state["first_hidden"] = _pick(state["first_hidden"], slots)
+            for i, old in enumerate(state["prompt"]):
+                state["prompt"][i] = _pick(old, slots)
+        elif columns <= before:
             return
+        for i, old in enumerate(state["ring"]):  # layer by layer, so that little exists twice
+            state["ring"][i] = _resize(old, state["column"], rows, columns=columns)
         self.columns = columns
-        ring, column = _resize(self.state["ring"], self.state["column"], rows, columns=columns)
-        self.state |= {"ring": ring, "column": column}
+        state["column"] = cache.resized_column(state["column"], before, columns)
 
     def moved(self, shape: Shape, rows: np.ndarray, slots: np.ndarray) -> dict[str, np.ndarray]:
         """What the host knows of the rows, after `Scheduler.move`."""

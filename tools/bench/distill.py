@@ -139,8 +139,8 @@ def run(
     of, params = models.load(name, "float32")
     groups = workload.draw(of.vocab_size)
     batch = jax.device_put(build_batch(groups, bucket_tokens=1))
-    made, found = steps(config, of, jnp.dtype(dtype)), {}
-    for kind, step in made.items():
+    found: dict[str, Any] = {}
+    for kind, step in steps(config, of, jnp.dtype(dtype)).items():
         if kind == "naive" and not with_naive:
             continue
         lowered = jax.jit(step).lower(params, batch)

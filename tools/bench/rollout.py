@@ -99,8 +99,8 @@ def run(
     own, theirs = [], [[] for _ in peers]  # type: ignore[var-annotated]
     for _ in range(repeats):
         own.append(machine.timed(lambda: ours.run(prompts, lengths)))
-        for peer, seconds in zip(peers, theirs, strict=True):
-            seconds.append(peer.run()["seconds"])
+        for peer, taken in zip(peers, theirs, strict=True):
+            taken.append(peer.run()["seconds"])
     stats, seconds = ours.sampler.stats, statistics.median(own)
     tokens = sum(map(sum, lengths))
     steps, slots = ((getattr(stats, n) - getattr(before, n)) / repeats for n in ("steps", "slots"))
