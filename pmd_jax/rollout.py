@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 from pmd_jax.policy.policy import Policy
+from pmd_jax.policy.sampler import Sample
 from pmd_jax.records import Message, Problem, Rollout, Verdict
 from pmd_jax.tasks.task import Task
 
@@ -56,6 +58,10 @@ def name_seed(*names: object) -> int:
     return zlib.crc32("/".join(map(str, names)).encode())
 
 
+Attempts = Mapping[str, tuple[Sequence[int], tuple[Rollout, ...]]]
+"""{problem id: (student prompt tokens, its rollouts)}"""
+
+
 def attempt(
     policy: Policy,
     task: Task,
@@ -66,10 +72,28 @@ def attempt(
     seed: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> dict[str, tuple[Sequence[int], tuple[Rollout, ...]]]:
-    """{problem id: (student prompt tokens, its rollouts)}. The prompt never contains memory."""
+    on_rollout: Callable[[Problem, Rollout], None] = lambda *_: None,
+) -> Attempts:
+    """The policy's rollouts of each problem. The prompt never contains memory.
+
+    on_rollout hears of each as soon as it is done, while the device samples the others.
+    """
     prompts = [policy.tokenizer.encode_chat(task.student_messages(p)) for p in problems]
-    sampled = policy.generate(
+    rollouts: dict[tuple[int, int], Rollout] = {}
+
+    def done(i: int, j: int, sample: Sample) -> None:
+        rollouts[i, j] = Rollout(
+            problem_id=problems[i].id,
+            step=step,
+            sample=j,
+            text=policy.tokenizer.decode(sample.tokens),
+            tokens=sample.tokens,
+            logprobs=sample.logprobs,
+            stop=sample.stop,
+        )
+        on_rollout(problems[i], rollouts[i, j])
+
+    policy.generate(
         prompts,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
@@ -77,37 +101,32 @@ def attempt(
         top_p=top_p,
         seed=seed,
         request_ids=[name_seed(problem.id) for problem in problems],
+        on_sample=done,
     )
     return {
-        problem.id: (
-            prompt,
-            tuple(
-                Rollout(
-                    problem_id=problem.id,
-                    step=step,
-                    sample=j,
-                    text=policy.tokenizer.decode(sample.tokens),
-                    tokens=sample.tokens,
-                    logprobs=sample.logprobs,
-                    stop=sample.stop,
-                )
-                for j, sample in enumerate(samples)
-            ),
-        )
-        for problem, prompt, samples in zip(problems, prompts, sampled, strict=True)
+        problem.id: (prompt, tuple(rollouts[i, j] for j in range(num_samples)))
+        for i, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
     }
 
 
 def verify(
     task: Task,
     problems: Sequence[Problem],
-    attempts: Mapping[str, tuple[Sequence[int], tuple[Rollout, ...]]],
+    attempts: Attempts,
+    begun: Mapping[str, Future[Verdict]] | None = None,
 ) -> list[Group]:
-    """Grades every rollout by its text."""
+    """Grades every rollout by its text. begun: {rollout id: its grading, under way already}."""
+    begun = begun or {}
+
+    def grade(problem: Problem, rollout: Rollout) -> Verdict:
+        if rollout.id in begun:
+            return begun[rollout.id].result()
+        return task.verify(problem, rollout.text)
+
     groups = []
     for problem in problems:
         prompt, rollouts = attempts[problem.id]
-        verdicts = tuple(task.verify(problem, rollout.text) for rollout in rollouts)
+        verdicts = tuple(grade(problem, rollout) for rollout in rollouts)
         groups.append(Group(problem, prompt, rollouts, verdicts))
     return groups
 

@@ -237,6 +237,20 @@ class Stopwatch:
         return taken
 
 
+class Span:
+    """Seconds spent within it so far: `with span: ...`, then `span.seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds, self._began = 0.0, 0.0
+
+    def __enter__(self) -> Span:
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
 # --- compilations ---------------------------------------------------------------------------
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,13 @@ from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
 from pmd_jax.policy.tokenizer import Tokenizer
-from pmd_jax.records import Experience, Problem, TeacherPrompt
+from pmd_jax.records import Experience, Problem, Rollout, TeacherPrompt
 from pmd_jax.rollout import Group, attempt, make_generate, name_seed, verify
 from pmd_jax.tasks.task import Task
-from pmd_jax.telemetry import Progress, Stopwatch
+from pmd_jax.telemetry import Compilations, Progress, Span, Stopwatch
 
 MEMORY_SOURCES = frozenset({"insights", "behaviors"})
+VERIFIERS = 4  # threads that grade responses while others are sampled
 
 
 class NotFinite(RuntimeError):
@@ -169,7 +172,7 @@ class Trainer:
             policy.config, config.optimizer, config.distill, policy.mesh, policy.dtype
         )
         self.totals: Counter[str] = Counter()
-        self.watch = Stopwatch()
+        self.watch, self.updating, self.compilations = Stopwatch(), Span(), Compilations()
 
     @property
     def step_number(self) -> int:
@@ -191,6 +194,8 @@ class Trainer:
     def step(self, progress: Progress) -> StepResult:
         """Runs the seven steps once. Raises NotFinite, with the state as it was before."""
         step, config = self.step_number, self.config
+        began, compiled = time.perf_counter(), self.compilations.seconds
+        busy, synced = self.busy_seconds(), self.policy.stats.sync_seconds
         problems = [self.problems[int(i)] for i in next(self.order)]
         self.bank.begin_step(step)
         groups = self.attempt_and_verify(step, problems, progress)
@@ -207,7 +212,22 @@ class Trainer:
         batch, report = self.distill(step, groups, prompts, progress)
         losses = rollout_losses(report, batch)[: len(groups)]
         metrics |= self.account(batch, report, prompts) | teacher_gain(batch, report, groups)
-        return StepResult(metrics, self.samples(groups, prompts, losses))
+        samples = self.samples(groups, prompts, losses)
+        metrics["seconds/sync"] = self.policy.stats.sync_seconds - synced
+        metrics["seconds/compile"] = self.compilations.seconds - compiled
+        busy = self.busy_seconds() - busy
+        metrics["seconds/idle"] = max(time.perf_counter() - began - busy, 0.0)
+        return StepResult(metrics, samples)
+
+    def busy_seconds(self) -> float:
+        """Seconds so far in which the device had work: samples, weights to sync, an update.
+
+        What is left of a step is `seconds/idle`, when it waits for the host. A program's
+        compilation counts as its work; `seconds/compile` says how much that was.
+        """
+        policies = {id(p): p.stats for p in (self.policy, self.writer_policy)}.values()
+        sampled = sum(stats.device_seconds + stats.sync_seconds for stats in policies)
+        return sampled + self.updating.seconds
 
     def phase(self, name: str, progress: Progress) -> Any:
         progress.phase(name)
@@ -216,20 +236,27 @@ class Trainer:
     def attempt_and_verify(
         self, step: int, problems: Sequence[Problem], progress: Progress
     ) -> list[Group]:
-        rollout = self.config.rollout
-        with self.phase("attempt", progress):
-            attempts = attempt(
-                self.policy,
-                self.task,
-                problems,
-                rollout.rollouts_per_problem,
-                rollout.max_new_tokens,
-                step,
-                name_seed(self.config.seed, step, "attempt"),
-                rollout.temperature,
-            )
-        with self.phase("verify", progress):
-            return verify(self.task, problems, attempts)
+        """Each response is graded while the others are sampled; `verify` is what is left then."""
+        rollout, begun = self.config.rollout, {}
+        with ThreadPoolExecutor(VERIFIERS) as verifiers:
+
+            def grade(problem: Problem, rollout: Rollout) -> None:
+                begun[rollout.id] = verifiers.submit(self.task.verify, problem, rollout.text)
+
+            with self.phase("attempt", progress):
+                attempts = attempt(
+                    self.policy,
+                    self.task,
+                    problems,
+                    rollout.rollouts_per_problem,
+                    rollout.max_new_tokens,
+                    step,
+                    name_seed(self.config.seed, step, "attempt"),
+                    rollout.temperature,
+                    on_rollout=grade,
+                )
+            with self.phase("verify", progress):
+                return verify(self.task, problems, attempts, begun)
 
     def grade(self, groups: Sequence[Group]) -> dict[str, float]:
         verdicts = [verdict for group in groups for verdict in group.verdicts]
@@ -314,9 +341,11 @@ class Trainer:
                 bucket_tokens=config.bucket_tokens,
             )
             self.policy.release()
-            self.state, report = self._train_step(self.state, place(batch, mesh))
-            self.policy.params = self.state.params
-            report = jax.device_get(report)
+            placed = place(batch, mesh)
+            with self.updating:
+                self.state, report = self._train_step(self.state, placed)
+                self.policy.params = self.state.params
+                report = jax.device_get(report)
         if not report.finite:
             raise NotFinite(self._explain(step, batch, report))
         return batch, report

@@ -1,5 +1,7 @@
 """Divergences against golden values, and the chunked loss against the plain one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from pmd_jax.distill.divergence import (
     weighted_divergence,
 )
 from pmd_jax.policy.model import logits
+from pmd_jax.policy.sharding import named
 
 STUDENT = jax.nn.log_softmax(jnp.array([2.0, 1.0, 0.0, -1.0]))
 TEACHER = jax.nn.log_softmax(jnp.array([1.0, 2.0, -0.5, 0.5]))
@@ -117,18 +120,24 @@ def test_what_is_known_per_token():
     np.testing.assert_allclose(total, jnp.sum(known.divergence * weights), rtol=1e-5)
 
 
-def test_eight_devices_give_the_loss_of_one():
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_eight_devices_give_the_loss_of_one_and_send_no_logits(top_k):
+    """Half of the vocabulary on each part of `tensor`: 48 of 96 logits, which stay there."""
     inputs = arguments()
-    mesh = eight_devices()
+    mesh, config = eight_devices(), DivergenceConfig(top_k=top_k)
     step = jax.jit(
-        jax.value_and_grad(
-            lambda *a: weighted_divergence(DivergenceConfig(), 4, 4, *a)[0], argnums=(0, 1)
-        )
+        jax.value_and_grad(lambda *a: weighted_divergence(config, 4, 4, *a)[0], argnums=(0, 1))
     )
-    one = jax.value_and_grad(lambda *a: plain(DivergenceConfig(), *a), argnums=(0, 1))(*inputs)
+    one = jax.value_and_grad(lambda *a: plain(config, *a), argnums=(0, 1))(*inputs)
     with jax.set_mesh(mesh):
-        eight = step(*inputs)
+        heads = named(mesh, "vocab", None)
+        placed = [jax.device_put(x, heads) if i in (0, 2) else x for i, x in enumerate(inputs)]
+        text = step.lower(*placed).compile().as_text()
+        eight = step(*placed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one)
+    sent = re.findall(r"= (.*?) all-gather\(", text)
+    widths = [int(n) for shapes in sent for n in re.findall(r",(\d+)\]", shapes)]
+    assert VOCAB not in widths and (not top_k or 2 * top_k in widths)
 
 
 def test_no_array_of_all_logits_is_made():

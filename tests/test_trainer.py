@@ -51,8 +51,9 @@ def scripted(monkeypatch):
     def make_generate(policy, max_new_tokens, temperature, seed):
         return lambda chats: [LESSONS[(seed + i) % 4] + "." for i, _ in enumerate(chats)]
 
-    def verify(task, problems, attempts):
-        groups = real_verify(task, problems, attempts)
+    def verify(task, problems, attempts, begun):
+        assert len(begun) == sum(len(rollouts) for _, rollouts in attempts.values())
+        groups = real_verify(task, problems, attempts, begun)
         return [
             dataclasses.replace(
                 group,
@@ -108,6 +109,7 @@ def test_every_step_runs_and_every_level_of_memory_reaches_a_loss(model, tmp_pat
     rows = lines(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     verbs = ("attempt", "verify", "remember", "reflect", "abstract", "teach", "distill")
+    verbs += ("sync", "idle", "compile")
     for row in rows:
         assert all(row[f"seconds/{verb}"] >= 0 for verb in verbs)
         assert row["loss"] > 0 and row["loss_fraction"] == 1

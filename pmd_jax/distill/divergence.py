@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pmd_jax.policy.model import logits
+from pmd_jax.policy.selection import top_k_ids
 from pmd_jax.policy.sharding import constrain
 
 DivergenceName = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
@@ -76,8 +77,8 @@ def on_student_top_k(
 
     With the tail a divergence never exceeds the full one and tends to it as top_k -> V.
     """
-    kept, ids = lax.top_k(student, top_k)
-    matched = jnp.take_along_axis(teacher, ids, axis=-1)
+    ids = top_k_ids(lax.stop_gradient(student), top_k)
+    kept, matched = (jnp.take_along_axis(x, ids, axis=-1) for x in (student, teacher))
     if tail:
         return with_tail(kept), with_tail(matched)
     return jax.nn.log_softmax(kept), jax.nn.log_softmax(matched)

@@ -9,6 +9,7 @@ print(policy.tokenizer.decode(sample.tokens))
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from pmd_jax.policy.hub import resolve_model
 from pmd_jax.policy.kernels import choose_for
 from pmd_jax.policy.sampler import (
     EngineConfig,
+    OnSample,
     Sample,
     Sampler,
     SamplerStats,
@@ -105,12 +107,14 @@ class Policy:
         stop_tokens: Sequence[int] | None = None,
         seed: int = 0,
         request_ids: Sequence[int] | None = None,
+        on_sample: OnSample | None = None,
     ) -> list[list[Sample]]:
         """Samples `num_samples` responses to each prompt; the result is [prompt][sample].
 
         max_new_tokens: one limit, or one per sample [prompt][sample]. temperature 0 is greedy.
         stop_tokens None takes the model's own; [] never stops. The draws depend on seed, on the
         prompt's position (or its request_ids entry, uint32) and on the sample's index alone.
+        on_sample(prompt, index, sample) hears of each as soon as it is done.
         Raises ValueError for an empty prompt, for one that does not fit the model's positions and
         for limits or sampling numbers out of range.
         """
@@ -129,12 +133,22 @@ class Policy:
             stop_tokens = self.tokenizer.stop_tokens
         sampling = SamplingConfig(temperature, top_p, top_k or 0)
         return self._sampler.generate(
-            self._rollout_weights(), prompts, limits, sampling, stop_tokens, seed, request_ids
+            self._rollout_weights(),
+            prompts,
+            limits,
+            sampling,
+            stop_tokens,
+            seed,
+            request_ids,
+            on_sample=on_sample,
         )
 
     def _rollout_weights(self) -> Weights:
         if self._weights is None:
+            began = time.perf_counter()
             self._weights = rollout_weights(self.params, self.config, self.mesh, self.dtype)
+            jax.block_until_ready(self._weights.layers)
+            self.stats.sync_seconds += time.perf_counter() - began
         return self._weights
 
     def save_hf(self, path: str | Path, dtype: str = "bfloat16") -> None:

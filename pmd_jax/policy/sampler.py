@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -48,6 +48,10 @@ class Sample:
     logprobs: np.ndarray
     sampling_logprobs: np.ndarray
     stop: Literal["stop", "length"]
+
+
+OnSample = Callable[[int, int, Sample], None]
+"""Told of a response that is done: its prompt, its sample's index, and it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +105,8 @@ class SamplerStats:
     """What sampling cost so far.
 
     prefill_tokens: prompt tokens computed, padding included. slots: rows computed, idle ones
-    included, over all steps. seconds: of the calls; device_seconds: of them,
-    while decode steps ran.
+    included, over all steps. seconds: of the calls; device_seconds: of them, while the device had
+    decode steps to run. sync_seconds: of casting and gathering the weights for it, once an update.
     """
 
     response_tokens: int = 0
@@ -112,6 +116,7 @@ class SamplerStats:
     slots: int = 0
     seconds: float = 0.0
     device_seconds: float = 0.0
+    sync_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -321,11 +326,13 @@ class Sampler:
         seed: int,
         request_ids: Sequence[int] | None = None,
         expected: Sequence[Sequence[float]] | None = None,
+        on_sample: OnSample | None = None,
     ) -> list[list[Sample]]:
         """limits[i][j]: the most tokens of sample j of prompt i. Results in the order given.
 
         request_ids (default: the position) name the prompts for their random draws. expected
         (default: the limits): tokens that each sample is thought to take; the longest go first.
+        on_sample(i, j, sample) hears of each as soon as it is done, while the device goes on.
         """
         self._check(prompts, limits, stop_tokens)
         if not prompts:
@@ -336,7 +343,7 @@ class Sampler:
             run = _Run(
                 self, weights, prompts, limits, ids, sampling, stop_tokens, seed, expected or limits
             )
-            results = run.to_the_end()
+            results = run.to_the_end(on_sample or (lambda *_: None))
         self.stats.seconds += time.perf_counter() - began
         return results
 
@@ -387,6 +394,7 @@ class _Run:
         self.rows = self.idle_rows(shape)
         self.parts: dict[tuple[int, int], list[Drawn]] = {}  # (prompt, sample) -> its chunks
         self.results: list[list[Sample | None]] = [[None] * len(limit) for limit in limits]
+        self.finished: list[tuple[int, int, Sample]] = []  # not yet told to on_sample
         self.sampling = {
             "temperature": jnp.float32(sampling.temperature),
             "top_k": jnp.int32(sampling.top_k),
@@ -409,14 +417,21 @@ class _Run:
             "prompt_len": np.zeros((shape.shards, shape.slots), np.int32),
         }
 
-    def to_the_end(self) -> list[list[Sample]]:
+    def to_the_end(self, on_sample: OnSample) -> list[list[Sample]]:
         while True:
             self.load_prompts()
             self.start_rows()
-            if not any(True for _ in self.scheduler.live()):
+            if any(True for _ in self.scheduler.live()):
+                self.fit()
+                pending = self.decode()
+            else:
+                pending = None
+            for prompt, sample, result in self.finished:  # the device is at work meanwhile
+                on_sample(prompt, sample, result)
+            self.finished.clear()
+            if pending is None:
                 return [list(samples) for samples in self.results]  # type: ignore[arg-type]
-            self.fit()
-            self.decode()
+            self.harvest(*pending)
 
     def load_prompts(self) -> None:
         """Prefills waiting prompts into free slots, those of like length together."""
@@ -501,8 +516,8 @@ class _Run:
             new["done"][f, row] = False
         return new
 
-    def decode(self) -> None:
-        """One chunk of steps; while responses wait, no longer than till a row falls free."""
+    def decode(self) -> tuple[Any, ...]:
+        """Sends off a chunk of steps; while responses wait, only till a row falls free."""
         sampler, rows = self.sampler, self.rows
         members, place = self.scheduler.tables()
         live = ~rows["done"]
@@ -511,7 +526,7 @@ class _Run:
             least = int((rows["limit"] - rows["count"])[live].min())
             steps = min(steps, max(least, steps // 4, 1))
         began = time.perf_counter()
-        self.state, after, ran, drawn = _decode(
+        self.state, *pending = _decode(
             self.weights.top,
             self.weights.layers,
             self.state,
@@ -526,20 +541,21 @@ class _Run:
             num_tokens=sampler.num_tokens,
             turned=self.weights.turned,
         )
-        after, ran, drawn = jax.device_get((after, ran, drawn))
-        sampler.stats.device_seconds += time.perf_counter() - began
-        sampler.stats.steps += int(ran)
-        sampler.stats.slots += int(ran) * rows["done"].size
-        self.harvest({name: np.array(x) for name, x in after.items()}, drawn)
+        return began, *pending
 
-    def harvest(self, after: dict[str, np.ndarray], drawn: Drawn) -> None:
-        """Appends what each row drew, and takes the finished responses out."""
+    def harvest(self, began: float, after: Any, ran: Any, drawn: Any) -> None:
+        """Waits for a chunk, appends what each row drew, and takes the finished responses out."""
+        after, ran, drawn = jax.device_get((after, ran, drawn))
+        stats = self.sampler.stats
+        stats.device_seconds += time.perf_counter() - began
+        stats.steps += int(ran)
+        stats.slots += int(ran) * self.rows["done"].size
         grown = after["count"] - self.rows["count"]
-        self.rows |= after
+        self.rows |= {name: np.array(x) for name, x in after.items()}
         for shard, row, seat in list(self.scheduler.live()):
             parts = self.parts[seat.prompt, seat.sample]
             parts.append(Drawn(*(x[: grown[shard, row], shard, row] for x in drawn)))
-            if after["done"][shard, row]:
+            if self.rows["done"][shard, row]:
                 self.finish(self.scheduler.finish(shard, row))
 
     def finish(self, seat: Seat) -> None:
@@ -548,5 +564,7 @@ class _Run:
         )
         stop: Literal["stop", "length"]
         stop = "stop" if int(tokens[-1]) in self.stop_set else "length"
-        self.results[seat.prompt][seat.sample] = Sample(tokens, logprobs, sampling_logprobs, stop)
+        sample = Sample(tokens, logprobs, sampling_logprobs, stop)
+        self.results[seat.prompt][seat.sample] = sample
+        self.finished.append((seat.prompt, seat.sample, sample))
         self.sampler.stats.response_tokens += len(tokens)

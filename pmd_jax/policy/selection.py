@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pmd_jax.policy.attention import MASKED
@@ -36,6 +37,30 @@ def _threshold(values: Array, enough: Callable[[Array], Array]) -> Array:
     low = values.min(-1, keepdims=True, where=values > MASKED / 2, initial=jnp.inf)
     low, _ = lax.fori_loop(0, BISECTIONS, halve, (jnp.minimum(low, top), top))
     return low
+
+
+def top_k_ids(values: Float[Array, "*batch V"], k: int) -> Int[Array, "*batch k"]:
+    """The ids of the k largest values, largest first, the lower id of equal ones first.
+
+    Where the vocabulary is cut over `tensor`, each part finds its own k and only these travel;
+    lax.top_k alone would gather all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["tensor"]
+    if parts == 1 or values.shape[-1] % parts or k > values.shape[-1] // parts:
+        return lax.top_k(values, k)[1]
+
+    def of_part(values: Array) -> Array:
+        own, ids = lax.top_k(values, k)
+        ids += lax.axis_index("tensor") * values.shape[-1]
+        own, ids = (lax.all_gather(x, "tensor", axis=x.ndim - 1, tiled=True) for x in (own, ids))
+        return jnp.take_along_axis(ids, lax.top_k(own, k)[1], axis=-1)
+
+    cut = P(*[None] * (values.ndim - 1), "tensor")
+    # check_vma: the result is the same on all parts, which JAX cannot infer.
+    return jax.shard_map(
+        of_part, in_specs=cut, out_specs=P(), axis_names={"tensor"}, check_vma=False
+    )(values)
 
 
 class Cuts(NamedTuple):
