@@ -29,12 +29,14 @@ from pmd_jax.distill.divergence import DivergenceConfig
 from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import abstract_state, init_state, make_optimizer, make_train_step
 from pmd_jax.memory.teacher import TeacherConfig
-from pmd_jax.policy import model, sampler
-from pmd_jax.policy.sampler import EngineConfig, Sampler, SamplingConfig, rollout_weights
+from pmd_jax.policy import model, programs, sampler
+from pmd_jax.policy.programs import rollout_weights
+from pmd_jax.policy.sampler import EngineConfig, Sampler, SamplingConfig
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, named, single_device_mesh
 from pmd_jax.rollout import RolloutConfig
 from pmd_jax.tasks.task import TaskConfig
 from tools import account, plan
+from tools.flops import product_flops
 
 QWEN = dataclasses.replace(CONFIG, family="qwen3", qk_norm="head", tied_head=False)
 MIDDLE = dataclasses.replace(
@@ -158,28 +160,6 @@ def compiled_step(made):
         return jitted.lower(*arguments).compile()
 
 
-def inner_jaxprs(value):
-    """The programs among the parameters of an operation."""
-    for part in value if isinstance(value, tuple | list) else (value,):
-        if hasattr(getattr(part, "jaxpr", part), "eqns"):
-            yield getattr(part, "jaxpr", part)
-
-
-def product_flops(jaxpr):
-    """Of all matrix products, as often as a scan repeats them; bodies of other loops once."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            sizes = equation.invars[0].aval.shape
-            summed = math.prod(sizes[axis] for axis in contracted)
-            total += 2 * summed * equation.outvars[0].aval.size
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        inner = [j for value in equation.params.values() for j in inner_jaxprs(value)]
-        total += times * sum(product_flops(j) for j in inner)
-    return total
-
-
 def distill_flops(made):
     return sum(n for name, n in plan.flops(made).items() if name.startswith("distill"))
 
@@ -189,7 +169,7 @@ def distill_flops(made):
 def test_flops_of_a_distillation_step_are_those_of_its_program(config, remat):
     made = work((4, 32, 2, 48, 4, 32), config, remat=remat, micro_batch=2, chunk_tokens=64)
     jitted, arguments = abstract_step(made)
-    assert distill_flops(made) == product_flops(jax.make_jaxpr(jitted)(*arguments).jaxpr)
+    assert distill_flops(made) == product_flops(jitted, *arguments)
 
 
 def sampling_programs(made, mesh, monkeypatch):
@@ -199,16 +179,16 @@ def sampling_programs(made, mesh, monkeypatch):
     """
     found = {}
 
-    def insert(*arguments, real=sampler._insert, **static):
+    def insert(*arguments, real=programs.insert, **static):
         found.setdefault("prefill", (real, arguments, static))
         return arguments[1]
 
-    def decode(*arguments, real=sampler._decode, **static):
+    def decode(*arguments, real=programs.decode, **static):
         found["decoding"] = real, arguments, static
         raise InterruptedError
 
-    monkeypatch.setattr(sampler, "_insert", insert)
-    monkeypatch.setattr(sampler, "_decode", decode)
+    monkeypatch.setattr(programs, "insert", insert)
+    monkeypatch.setattr(programs, "decode", decode)
     rollout, (p, *_, g, t) = made.config.rollout, made.sizes
     prompts = [[1] * (p - (i % made.shards > 0)) for i in range(rollout.problems_per_step)]
     engine = Sampler(made.model, made.config.engine, mesh, made.dtype)
@@ -223,7 +203,7 @@ def test_flops_of_sampling_are_those_of_its_programs(monkeypatch, max_rows):
     engine = EngineConfig(max_rows)
     made = work((4, 64, 2, 64, 4, 32), engine=engine)
     flops = {
-        name: product_flops(jax.make_jaxpr(functools.partial(jitted, **static))(*arguments).jaxpr)
+        name: product_flops(functools.partial(jitted, **static), *arguments)
         for name, (jitted, arguments, static) in sampling_programs(
             made, single_device_mesh(), monkeypatch
         ).items()

@@ -17,8 +17,8 @@ from toys import (
     toy_params,
 )
 
-from pmd_jax.policy import cache
-from pmd_jax.policy.sampler import SamplingConfig, _decode, _Run, bucket
+from pmd_jax.policy import cache, programs
+from pmd_jax.policy.sampler import SamplingConfig, _Run, bucket
 from pmd_jax.policy.scheduler import Scheduler, Shape
 from pmd_jax.policy.selection import Cuts, num_blocks, truncate
 from pmd_jax.telemetry import Compilations
@@ -150,7 +150,7 @@ def test_the_logits_of_a_sharded_vocabulary_do_not_travel():
     sampling = {"temperature": jnp.float32(1), "top_k": jnp.int32(9), "top_p": jnp.float32(0.9)}
     with jax.set_mesh(mesh):
         text = (
-            _decode.lower(
+            programs.decode.lower(
                 weights.top,
                 weights.layers,
                 state,

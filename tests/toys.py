@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
 from pmd_jax.policy import model
 from pmd_jax.policy.families import ModelConfig
+from pmd_jax.policy.programs import rollout_weights
 from pmd_jax.policy.rope import Rope
-from pmd_jax.policy.sampler import EngineConfig, Sampler, rollout_weights
+from pmd_jax.policy.sampler import EngineConfig, Sampler
 from pmd_jax.policy.sharding import MeshConfig, make_mesh, single_device_mesh
 from pmd_jax.policy.weights import hf_pieces
 from pmd_jax.records import Rollout

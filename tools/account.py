@@ -240,7 +240,7 @@ def held_state(work: Work) -> TrainState:
 
 
 def held_copy(work: Work) -> list[Any]:
-    """What sampling adds to the weights, as shapes: whole over fsdp (sampler.rollout_weights)."""
+    """What sampling adds to the weights, as shapes: whole over fsdp (programs.rollout_weights)."""
     mesh = work.mesh.shape
     whole = abstract_mesh(MeshConfig(1, 1, mesh["tensor"]), mesh["tensor"])
     params = held_params(work.model, whole, work.dtype)

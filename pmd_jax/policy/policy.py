@@ -27,6 +27,7 @@ from pmd_jax.policy.bar import Count
 from pmd_jax.policy.families import ModelConfig, read_config
 from pmd_jax.policy.hub import resolve_model
 from pmd_jax.policy.kernels import choose_for
+from pmd_jax.policy.programs import Weights, rollout_weights
 from pmd_jax.policy.sampler import (
     EngineConfig,
     OnSample,
@@ -34,8 +35,6 @@ from pmd_jax.policy.sampler import (
     Sampler,
     SamplerStats,
     SamplingConfig,
-    Weights,
-    rollout_weights,
 )
 from pmd_jax.policy.saved import Saved, Which, find_saved, load_saved
 from pmd_jax.policy.sharding import check_divides, single_device_mesh

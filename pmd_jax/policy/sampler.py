@@ -4,11 +4,7 @@ A prompt is prefilled once and read by all of its samples. The host drives: take
 out of their rows, seat waiting ones there, run a chunk of decode steps. The ring of the responses
 grows as they do, and when nothing waits and half of the rows are idle, the live ones move together
 into a smaller program. What is sampled depends on (seed, request, sample) alone, not on rows, order
-or neighbours. scheduler.py decides who sits where, cache.py holds keys and values, decoding.py
-attends to them, selection.py draws the token.
-
-Axes: F shards of the batch, n prompt slots, b rows, M members of a slot, m prompts of a prefill,
-V vocabulary.
+or neighbours. scheduler.py decides who sits where, programs.py is what runs on the devices.
 """
 
 from __future__ import annotations
@@ -16,20 +12,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
-from pmd_jax.policy import cache, decoding, model
-from pmd_jax.policy.families import ModelConfig, weight_table
+from pmd_jax.policy import cache, programs
+from pmd_jax.policy.families import ModelConfig
+from pmd_jax.policy.programs import Weights
 from pmd_jax.policy.scheduler import Scheduler, Seat, Shape, power_of_two, shape_for
-from pmd_jax.policy.selection import Cuts, Drawn, select
-from pmd_jax.policy.sharding import batch_shards, constrain, named
+from pmd_jax.policy.selection import Cuts, Drawn
+from pmd_jax.policy.sharding import batch_shards
 
 NUM_STOP_TOKENS = 8  # fixed width of the array of stop tokens, so that it never recompiles
 
@@ -119,56 +114,6 @@ class SamplerStats:
     sync_seconds: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Weights:
-    """What sampling reads: the whole tree for prefill; for decoding, its top and its layers.
-
-    top: embedding, head and final norm. layers: one tree a layer. Both are cast once here, not at
-    every token, and are whole on every shard of the batch, so that a decode step sends no weights;
-    where nothing is to be cast or sent, top is the policy's own arrays. turned: the matrices of the
-    layers are [out, in], as a CPU multiplies few rows fastest (model.outputs_first).
-    """
-
-    params: model.Params
-    top: model.Params
-    layers: list[model.Params]
-    turned: bool
-
-
-@partial(jax.jit, static_argnames=("config", "dtype", "turned"))
-def _unrolled(
-    layers: model.Params, config: ModelConfig, dtype: Any, turned: bool
-) -> list[model.Params]:
-    """One tree a layer, cast, and whole on every shard of the batch."""
-    axes = {w.path[1]: w.axes for w in weight_table(config) if w.stacked}
-
-    def one(name: str, weight: jax.Array) -> jax.Array:
-        weight = constrain(weight.astype(dtype), *_whole(axes[name]))
-        return weight.T if turned else weight
-
-    return [{name: one(name, w[i]) for name, w in layers.items()} for i in range(config.num_layers)]
-
-
-def _whole(axes: tuple[str | None, ...]) -> list[str | None]:
-    """Logical axes of a weight that is not cut by "embed", the axis of fsdp."""
-    return [None if axis == "embed" else axis for axis in axes]
-
-
-def rollout_weights(params: model.Params, config: ModelConfig, mesh: Mesh, dtype: Any) -> Weights:
-    """The weights of a policy as sampling wants them."""
-    top = {name: leaf for name, leaf in params.items() if name != "layers"}
-    axes = {w.path[0]: w.axes for w in weight_table(config) if not w.stacked}
-    turned = mesh.devices.flat[0].platform == "cpu"
-    with jax.set_mesh(mesh):
-        layers = _unrolled(params["layers"], config, dtype, turned)
-        for name in top.keys() & {"embed", "head"}:
-            if top[name].dtype != dtype:
-                top[name] = top[name].astype(dtype)
-            if mesh.shape["fsdp"] > 1:
-                top[name] = jax.device_put(top[name], named(mesh, *_whole(axes[name])))
-    return Weights(params, top, layers, turned)
-
-
 def bucket(length: int, step: int) -> int:
     """`length` rounded up to a multiple of `step`, and of a quarter of its power of two.
 
@@ -182,120 +127,6 @@ def bucket(length: int, step: int) -> int:
 def ring_columns(needed: int, longest: int, engine: EngineConfig) -> int:
     """Columns of the ring for `needed` tokens of a row, of the `longest` that it may have."""
     return min(max(power_of_two(needed), engine.min_columns), bucket(longest, 16))
-
-
-@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
-def _insert(params, state, slots, tokens, lengths, config: ModelConfig, dtype):
-    """Prefills tokens [F, m, p] into the slots [F, m], which count within their shard."""
-    f, m = slots.shape
-    hidden, kv = model.prefill(
-        params, tokens.reshape(f * m, -1), lengths.reshape(-1), config, dtype
-    )
-    by_shard = [x.reshape(x.shape[0], f, m, *x.shape[2:]) for x in kv]
-    return cache.insert_prompts(state, slots, hidden.reshape(f, m, -1), by_shard)
-
-
-_pick = jax.jit(cache.pick)
-_resize = jax.jit(cache.resize, static_argnames="columns")
-
-
-def _draw(top, hidden, rows, sampling, cuts, num_tokens) -> Drawn:
-    """Samples the next token of every row from hidden [B, D]."""
-    return select(
-        model.logits(model.head_of(top), hidden),
-        rows["key"],
-        rows["count"],
-        sampling["temperature"],
-        sampling["top_k"],
-        sampling["top_p"],
-        cuts,
-        num_tokens,
-    )
-
-
-@partial(
-    jax.jit,
-    static_argnames=("config", "dtype", "chunk", "cuts", "num_tokens", "turned"),
-    donate_argnames="state",
-)
-def _decode(
-    top,
-    layers,
-    state,
-    rows,
-    steps,
-    sampling,
-    stop_tokens,
-    config,
-    dtype,
-    chunk,
-    cuts,
-    num_tokens=None,
-    turned=False,
-):
-    """Runs up to `steps` <= chunk steps, fewer when every row is done.
-
-    rows: arrays over [F, b] (count: tokens sampled so far, limit, newest: the last token, done,
-    key: the request's key data [F, b, 2]) and the tables of decoding.Seats. Returns the state, the
-    rows, the steps that ran, and a Drawn of arrays [chunk, F, b]; of a row, the first entries that
-    its count grew by are its new tokens. A row of count 0 draws its first token from its prompt.
-    """
-    tables = {name: constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in rows.items()}
-    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in tables.items()}
-    shape = tables["count"].shape
-    slot = tables["place"] // tables["members"].shape[2]
-    first = cache.gather(state["first_hidden"], slot)
-    prompt_len = cache.gather(flat["prompt_len"], slot)
-    slides = any(config.sliding)
-
-    def step(carry):
-        i, column, ring, count, newest, done, out = carry
-        seats = decoding.Seats(tables["members"], tables["place"], flat["prompt_len"], count)
-        age = cache.ring_age(ring[0].v.shape[2], column)
-
-        def attend_in(prompt, old):
-            def attend(q, k, v, window):
-                new = cache.write_ring(old, k, v, column)
-                return decoding.cached(q, prompt, new, seats, age, window if slides else None), new
-
-            return attend
-
-        attends = [attend_in(*pair) for pair in zip(state["prompt"], ring, strict=True)]
-        positions = prompt_len + count - 1
-        hidden, ring = model.decode_hidden(
-            top, layers, newest, positions, attends, config, dtype, turned
-        )
-        hidden = jnp.where((count == 0)[:, None], first, hidden)
-        drawn = _draw(top, hidden, flat | {"count": count}, sampling, cuts, num_tokens)
-        out = jax.tree.map(lambda o, new: lax.dynamic_update_index_in_dim(o, new, i, 0), out, drawn)
-        stopped = jnp.any(drawn.token[..., None] == stop_tokens, axis=-1)
-        newest = jnp.where(done, newest, drawn.token)
-        count = count + ~done
-        done = done | stopped | (count >= flat["limit"])
-        return i + 1, column + 1, ring, count, newest, done, out
-
-    def going(carry):
-        return (carry[0] < steps) & ~jnp.all(carry[5])
-
-    kinds = jnp.int32, jnp.float32, jnp.float32
-    empty = Drawn(*(jnp.zeros((chunk, flat["count"].size), kind) for kind in kinds))
-    begin = (0, state["column"], state["ring"], flat["count"], flat["newest"], flat["done"])
-    ran, column, ring, *after, out = lax.while_loop(going, step, (*begin, empty))
-    names = "count", "newest", "done"
-    after = {name: x.reshape(shape) for name, x in zip(names, after, strict=True)}
-    out = jax.tree.map(lambda x: x.reshape(chunk, *shape), out)
-    return state | {"ring": ring, "column": column}, after, ran, out
-
-
-@jax.jit
-def _keys(seed, requests, samples):
-    """Key data [N, 2] of each (request, sample)."""
-
-    def one(request, sample):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request), sample)
-        return jax.random.key_data(key)
-
-    return jax.vmap(one)(requests, samples)
 
 
 class Sampler:
@@ -458,7 +289,7 @@ class _Run:
                 self.rows["prompt_len"][shard, slot] = len(ids)
                 stats.prompt_tokens += len(ids)
         stats.prefill_tokens += tokens.size
-        self.state = _insert(
+        self.state = programs.insert(
             self.weights.params,
             self.state,
             slots,
@@ -477,7 +308,7 @@ class _Run:
         requests, samples = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
         for i, (_, _, seat) in enumerate(starts):
             requests[i], samples[i] = self.ids[seat.prompt], seat.sample
-        keys = np.asarray(_keys(np.uint32(self.seed), requests, samples))
+        keys = np.asarray(programs.keys(np.uint32(self.seed), requests, samples))
         for i, (shard, row, seat) in enumerate(starts):
             at = shard, row
             self.rows["count"][at], self.rows["newest"][at] = 0, 0
@@ -495,13 +326,13 @@ class _Run:
         if shape is not None:
             rows, slots = scheduler.move(shape)
             self.rows = self.moved(shape, rows, slots)
-            state["first_hidden"] = _pick(state["first_hidden"], slots)
+            state["first_hidden"] = programs.pick(state["first_hidden"], slots)
             for i, old in enumerate(state["prompt"]):
-                state["prompt"][i] = _pick(old, slots)
+                state["prompt"][i] = programs.pick(old, slots)
         elif columns <= before:
             return
         for i, old in enumerate(state["ring"]):  # layer by layer, so that little exists twice
-            state["ring"][i] = _resize(old, state["column"], rows, columns=columns)
+            state["ring"][i] = programs.resize(old, state["column"], rows, columns=columns)
         self.columns = columns
         state["column"] = cache.resized_column(state["column"], before, columns)
 
@@ -526,7 +357,7 @@ class _Run:
             least = int((rows["limit"] - rows["count"])[live].min())
             steps = min(steps, max(least, steps // 4, 1))
         began = time.perf_counter()
-        self.state, *pending = _decode(
+        self.state, *pending = programs.decode(
             self.weights.top,
             self.weights.layers,
             self.state,

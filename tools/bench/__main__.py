@@ -40,6 +40,7 @@ UNITS = (
     ("seconds", lambda n: f"{n:.2f} s" if n >= 0.1 else f"{1e3 * n:.2f} ms"),
     ("fraction_of_flops", lambda n: f"{n:.1%}"),
     ("fraction_of_bytes", lambda n: f"{n:.1%}"),
+    ("idle_fraction", lambda n: f"{n:.1%}"),
     ("times_faster", lambda n: f"{n:.2f} x"),
 )
 LEFT_OUT = ("bench", "workload", "engine", "config", "versions", "python", "calibration", "choice")
@@ -163,7 +164,8 @@ def one(what: str, args: argparse.Namespace, on_cpu: bool, peers: list[Peer]) ->
             args.response or (16, 256),
         )
         return step.run(args.model, dtype, engine(args, on_cpu), config, whole, args.repeats)
-    return {"bench": "memory", **memory.run(num_vectors=args.vectors)}
+    problems = max(args.vectors // 100, 10)
+    return {"bench": "memory", **memory.run(args.vectors, num_problems=problems)}
 
 
 def every(args: argparse.Namespace, on_cpu: bool) -> Iterator[dict[str, Any]]:

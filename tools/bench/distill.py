@@ -18,8 +18,10 @@ from pmd_jax.distill.update import loss_and_gradients
 from pmd_jax.policy import model
 from pmd_jax.policy.families import ModelConfig
 from pmd_jax.records import Rollout
+from tools.account import row_pairs
 from tools.bench import machine, models
 from tools.bench.peers import Peer
+from tools.flops import product_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +114,14 @@ def steps(config: DistillConfig, of: ModelConfig, dtype: Any) -> dict[str, Step]
 def flops_needed(params: model.Params, of: ModelConfig, workload: Workload) -> int:
     """Of matrix products: student forward and backward, teacher forward, prompts once a group.
 
-    Attention counts the pairs of reader and token that a plain product computes, masked ones too.
+    Attention counts the pairs of reader and token that plain XLA computes, masked ones too.
     """
     layers = sum(leaf.size for leaf in params["layers"].values() if leaf.ndim == 3)
     n, g, t = workload.groups, workload.rollouts, workload.response
 
     def forward(prompt: int) -> int:
         tokens = n * (prompt + g * t)
-        pairs = n * (prompt * prompt + g * t * (prompt + t))
+        pairs = n * (row_pairs("xla", prompt) + g * row_pairs("xla", t, prompt))
         return 2 * layers * tokens + 4 * of.num_layers * of.num_heads * of.head_dim * pairs
 
     head = 2 * of.width * of.vocab_size * n * g * t
@@ -147,12 +149,12 @@ def run(
         compile_seconds = machine.timed(lambda lowered=lowered: found.update(now=lowered.compile()))  # type: ignore[misc]
         compiled: Any = found.pop("now")
         loss = float(compiled(params, batch)[0])
-        memory = compiled.memory_analysis()
         found[kind] = {
             "run": compiled,
             "loss": loss,
             "compile_seconds": compile_seconds,
-            "temporary_bytes": memory.temp_size_in_bytes,
+            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "flops": product_flops(step, params, batch),
         }
     roofs = machine.roofline(jnp.dtype(dtype))
     answers = [
@@ -198,6 +200,7 @@ def run(
         * workload.response
         / seconds["ours"],
         "flops_needed": needed,
+        "flops_over_needed": ours["flops"] / needed,
         "fraction_of_flops": needed / seconds["ours"] / roofs["flops_per_second"],
         "temporary_bytes": ours["temporary_bytes"],
         "compile_seconds": ours["compile_seconds"],
@@ -205,7 +208,7 @@ def run(
     }
     others = {peer.name: answer for peer, answer in zip(peers, answers, strict=True)}
     if with_naive:
-        names = "loss", "temporary_bytes", "compile_seconds"
+        names = "loss", "temporary_bytes", "compile_seconds", "flops"
         others["naive"] = {key: found["naive"][key] for key in names}
     for kind, answer in others.items():
         result[f"against_{kind}"] = {

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmd_jax.policy.sampler import EngineConfig, Sampler, SamplingConfig, rollout_weights
+from pmd_jax.policy.programs import rollout_weights
+from pmd_jax.policy.sampler import EngineConfig, Sampler, SamplingConfig
 from pmd_jax.policy.sharding import single_device_mesh
 from pmd_jax.telemetry import Compilations
 from tools.bench import machine, models

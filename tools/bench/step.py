@@ -15,7 +15,8 @@ import numpy as np
 from pmd_jax.distill.batch import DistillGroup, build_batch, padding_fraction, place
 from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import OptimizerConfig, init_state, make_optimizer, make_train_step
-from pmd_jax.policy.sampler import EngineConfig, Sampler, SamplingConfig, rollout_weights
+from pmd_jax.policy.programs import rollout_weights
+from pmd_jax.policy.sampler import EngineConfig, Sampler, SamplingConfig
 from pmd_jax.policy.sharding import single_device_mesh
 from pmd_jax.records import Rollout
 from pmd_jax.telemetry import Compilations
@@ -42,7 +43,10 @@ def run(
     workload: Workload,
     repeats: int,
 ) -> dict[str, Any]:
-    """Seconds of each phase of a step, and tokens/s over all of them."""
+    """Seconds of each phase of a step, and tokens/s over all of them.
+
+    idle: of rollout and batch, while the device waited for the host (prefills count as waiting).
+    """
     mesh, kind = single_device_mesh(), jnp.dtype(dtype)
     of, params = models.load(name, "float32")
     optimizer = OptimizerConfig(learning_rate=1e-6)
@@ -61,7 +65,7 @@ def run(
     for i in range(repeats + 1):
         if i == 1:
             settled = Compilations()
-        marks = [("", time.perf_counter())]
+        marks, sampled_before = [("", time.perf_counter())], sampler.stats.device_seconds
 
         def mark(phase: str, marks: list[tuple[str, float]] = marks) -> None:
             marks.append((phase, time.perf_counter()))
@@ -93,8 +97,11 @@ def run(
         mark("distill")
         if i:
             totals.append(marks[-1][1] - marks[0][1])
-            for (_, before), (phase, after) in itertools.pairwise(marks):
-                phases.setdefault(phase, []).append(after - before)
+            taken = {b: after - before for (_, before), (b, after) in itertools.pairwise(marks)}
+            on_device = sampler.stats.device_seconds - sampled_before
+            taken["idle"] = taken["rollout"] - on_device + taken["batch"]
+            for phase, spent in taken.items():
+                phases.setdefault(phase, []).append(spent)
     seconds, tokens = statistics.median(totals), sum(map(sum, limits))
     assert settled is not None
     return {
@@ -107,7 +114,8 @@ def run(
         **machine.describe(),
         "seconds": seconds,
         "all_seconds": totals,
-        "phases": {phase: statistics.median(values) for phase, values in phases.items()},
+        "phases": {f"{n}_seconds": statistics.median(values) for n, values in phases.items()},
+        "idle_fraction": statistics.median(phases["idle"]) / seconds,
         "response_tokens": tokens,
         "response_tokens_per_second": tokens / seconds,
         "padding_fraction": padding,
