@@ -380,7 +380,8 @@ class Trainer:
             trained_tokens=int(batch.response_length.sum()),
         )
         size = max(len(teachers), 1)
-        read = np.take_along_axis(batch.teacher_length, batch.prompt_of, axis=1)[: len(prompts)]
+        read = np.take_along_axis(batch.teacher_length, batch.prompt_of, axis=1)
+        read = (read + batch.suffix_length)[: len(prompts)]
         return {
             "loss": float(report.loss),
             "grad_norm": float(report.grad_norm),

@@ -19,12 +19,14 @@ from toys import (
     OLMO,
     eight_devices,
     params_on,
+    told_apart,
     toy_batch,
+    toy_groups,
     toy_params,
     write_model_folder,
 )
 
-from pmd_jax.distill.batch import DistillBatch, place
+from pmd_jax.distill.batch import DistillBatch, build_batch, place
 from pmd_jax.policy import attention, kernels, model
 from pmd_jax.policy.kernels import choose_attention
 from pmd_jax.policy.policy import load_policy
@@ -127,6 +129,8 @@ def dual_batch(batch):
         "teacher_prompt": batch.teacher_prompt,
         "teacher_length": batch.teacher_length,
         "prompt_of": batch.prompt_of,
+        "suffix": batch.suffix,
+        "suffix_length": batch.suffix_length,
         "response": batch.response,
     }
 
@@ -169,6 +173,14 @@ def test_student_and_teacher_equal_the_reference_whatever_their_layers_see(name,
     batch, params = toy_batch(num_groups=2), toy_params(config=config)
     ours = student_and_gradients(params, batch, dataclasses.replace(config, attention=name), remat)
     assert_trees_close(ours, student_and_gradients(params, batch, config, remat))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_ends_of_teacher_prompts_in_the_rows_of_responses_equal_the_reference(name):
+    batch, params = build_batch(told_apart(toy_groups(num_groups=2))), toy_params(config=OLMO)
+    assert batch.suffix.shape[2] > 0
+    ours, _ = student_and_gradients(params, batch, dataclasses.replace(OLMO, attention=name))
+    assert_trees_close(ours, student_and_gradients(params, batch, OLMO)[0])
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -12,6 +12,7 @@ from toys import (
     eight_devices,
     full_logprobs,
     params_on,
+    told_apart,
     toy_groups,
     toy_params,
 )
@@ -60,14 +61,17 @@ def test_eight_devices_give_the_logits_of_one(config):
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.family)
-@pytest.mark.parametrize("own_teacher", [False, True])
-def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher, config):
+@pytest.mark.parametrize(
+    ("own_teacher", "told"), [(False, False), (True, False), (False, True)], ids=str
+)
+def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher, told, config):
     """Prompts shared by a group, packed and padded: the same numbers as row by row."""
     student = toy_params(0, config)
     teacher = toy_params(1, config) if own_teacher else None
     groups = toy_groups(num_groups=3)
+    groups = told_apart(groups) if told else groups
     batch = DistillBatch(*map(jnp.asarray, build_batch(groups)))
-    hidden = jax.jit(model.dual_hidden, static_argnums=(8, 9))(
+    hidden = jax.jit(model.dual_hidden, static_argnums=(10, 11))(
         student,
         teacher,
         batch.student_prompt,
@@ -75,6 +79,8 @@ def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher
         batch.teacher_prompt,
         batch.teacher_length,
         batch.prompt_of,
+        batch.suffix,
+        batch.suffix_length,
         batch.response,
         config,
         F32,

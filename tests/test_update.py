@@ -7,9 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import CONFIG, F32, eight_devices, params_on, toy_batch, toy_groups, toy_params
+from toys import (
+    CONFIG,
+    F32,
+    each_alone,
+    eight_devices,
+    params_on,
+    told_apart,
+    toy_batch,
+    toy_groups,
+    toy_params,
+)
 
-from pmd_jax.distill.batch import DistillBatch, build_batch, padding_fraction, place
+from pmd_jax.distill.batch import (
+    DistillBatch,
+    DistillGroup,
+    build_batch,
+    padding_fraction,
+    place,
+)
 from pmd_jax.distill.divergence import DivergenceConfig
 from pmd_jax.distill.objectives import DistillConfig, distill_loss, loss_weights
 from pmd_jax.distill.update import (
@@ -22,6 +38,7 @@ from pmd_jax.distill.update import (
     rollout_losses,
 )
 from pmd_jax.policy.sharding import single_device_mesh
+from pmd_jax.records import Rollout
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
 
@@ -213,6 +230,105 @@ def test_identical_teacher_prompts_are_stored_once():
     assert batch.teacher_prompt.shape[1] == 2
     assert batch.prompt_of.tolist() == [[0, 1, 0, 1]] * 2
     assert 0 < padding_fraction(batch) < 1
+
+
+# --- teacher prompts that begin alike ------------------------------------------------------------
+
+
+def rollouts(*responses):
+    return [
+        Rollout("toy", 0, 0, "", np.int32(r), np.zeros(len(r), np.float32), "stop")
+        for r in responses
+    ]
+
+
+def laid_out(*teachers, bucket_tokens=4):
+    """The batch of groups with these teacher prompts, each group a list."""
+    groups = [
+        DistillGroup([1, 2], prompts, [True] * len(prompts), rollouts(*[[8, 9]] * len(prompts)))
+        for prompts in teachers
+    ]
+    return build_batch(groups, bucket_tokens=bucket_tokens)
+
+
+def test_a_common_beginning_is_stored_once_and_the_ends_by_rollout():
+    alike = list(range(10, 46))
+    batch = laid_out([[*alike, 5, 6, 7], [*alike, 5], [*alike, 4], [*alike]])
+    assert batch.teacher_prompt.tolist() == [[alike + [0] * 4]]
+    assert batch.teacher_length.tolist() == [[36]]
+    assert batch.prompt_of.tolist() == [[0, 0, 0, 0]]
+    assert batch.suffix.shape == (1, 4, 16)
+    assert batch.suffix[0, :, :4].tolist() == [[5, 6, 7, 0], [5, 0, 0, 0], [4, 0, 0, 0], [0] * 4]
+    assert batch.suffix_length.tolist() == [[3, 1, 1, 0]]
+    used = 2 + 36 + 5 + 2 * 4 * 2  # student, teacher's beginning, ends, responses on both sides
+    size = 4 + 40 + 4 * 16 + 2 * 4 * 16
+    assert padding_fraction(batch) == pytest.approx(1 - used / size)
+
+
+def test_the_layout_that_computes_fewer_tokens_is_chosen():
+    def ending(length, size):
+        return [[3] * length + [4 + g] * size for g in range(4)]
+
+    def shapes(*teachers):
+        batch = laid_out(*teachers)
+        return batch.teacher_prompt.shape[1:], batch.suffix.shape[2]
+
+    assert shapes(ending(19, 1)) == ((4, 20), 0)  # 4 x 20 against 20 + 4 x 16: equal
+    assert shapes(ending(23, 1)) == ((1, 24), 16)  # 4 x 24 against 24 + 4 x 16
+    assert shapes(ending(23, 17)) == ((1, 24), 32)  # 4 x 40 against 24 + 4 x 32
+    assert shapes(ending(0, 40)) == ((4, 40), 0)  # nothing is shared
+    assert shapes([[3] * 40] * 4) == ((1, 40), 0)
+    two = [[3] * 40, [4] * 40, [4] * 40, [4] * 40]
+    assert shapes(two) == ((2, 40), 0)
+    assert shapes(two, ending(39, 1)) == ((2, 40), 16)  # whole and shared in one batch
+    assert shapes(two, ending(0, 40)) == ((4, 40), 0)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_a_shared_beginning_changes_no_number(micro_batch):
+    groups = told_apart(toy_groups())
+    batch, alone = build_batch(groups), build_batch(each_alone(groups))
+    assert batch.suffix.shape[2] == 32 and batch.teacher_prompt.shape[1] == 1
+    assert alone.suffix.shape[2] == 0 and len(alone.suffix) == 16
+    loss, known, grads = gradients(batch, DistillConfig(micro_batch=micro_batch))
+    expected, known_alone, grads_alone = gradients(alone)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_close(grads, grads_alone, 1e-5)
+    assert_known_close(known, known_alone, batch)
+
+
+def assert_known_close(known, other, batch):
+    """Of the response tokens; `other` may be of each rollout alone."""
+    mask = np.arange(batch.response.shape[2]) < batch.response_length[..., None]
+    for name, a, b in zip(known._fields, known, other, strict=True):
+        a, b = np.asarray(a)[mask], np.asarray(b).reshape(mask.shape)[mask]
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+def test_whole_prompts_and_shared_beginnings_in_one_batch_change_no_number():
+    groups = told_apart(toy_groups(), beginning=60)
+    long = [[5] * 70, [6] * 70, [5] * 70, [6] * 70]
+    groups[1] = dataclasses.replace(groups[1], teacher_prompts=long)
+    batch = build_batch(groups)
+    assert batch.teacher_prompt.shape[1] == 2 and batch.suffix.shape[2] == 32
+    assert batch.prompt_of.tolist() == [[0] * 4, [0, 1, 0, 1], [0] * 4, [0] * 4]
+    loss, known, grads = gradients(batch)
+    expected, known_alone, grads_alone = gradients(build_batch(each_alone(groups)))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_close(grads, grads_alone, 1e-5)
+    assert_known_close(known, known_alone, batch)
+
+
+def test_a_shared_beginning_on_eight_devices_equals_each_rollout_alone_on_one():
+    groups = told_apart(toy_groups(num_groups=8))
+    batch = build_batch(groups)
+    config = DistillConfig(micro_batch=4)
+    eight, (report,), _ = trained(config, eight_devices(), batch)
+    one, (other,), _ = trained(batch=build_batch(each_alone(groups)))
+    np.testing.assert_allclose(report.loss, other.loss, rtol=1e-5)
+    np.testing.assert_allclose(report.grad_norm, other.grad_norm, rtol=1e-4)
+    assert_close(jax.device_get(eight.params), jax.device_get(one.params), 1e-4)
+    assert_known_close(report.per_token, other.per_token, batch)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,34 @@ def toy_groups(num_groups=4, num_rollouts=4, seed=0, same_prompts=False) -> list
     return groups
 
 
+def told_apart(groups, beginning=70, seed=1) -> list[DistillGroup]:
+    """The same groups, their teacher prompts alike but for up to 20 tokens at their end.
+
+    The second rollout is told nothing more, as one without feedback.
+    """
+    rng = np.random.default_rng(seed)
+
+    def tokens(size):
+        return rng.integers(1, CONFIG.vocab_size, size).tolist()
+
+    def prompts(group):
+        alike = tokens(rng.integers(beginning - 10, beginning))
+        return [alike + tokens(0 if g == 1 else 20 - g) for g in range(len(group.rollouts))]
+
+    return [dataclasses.replace(group, teacher_prompts=prompts(group)) for group in groups]
+
+
+def each_alone(groups) -> list[DistillGroup]:
+    """Every rollout as a group of its own, which shares nothing."""
+    return [
+        DistillGroup(group.student_prompt, [prompt], [guided], [rollout])
+        for group in groups
+        for prompt, guided, rollout in zip(
+            group.teacher_prompts, group.has_guidance, group.rollouts, strict=True
+        )
+    ]
+
+
 def toy_batch(multiple_of=1, **kwargs) -> DistillBatch:
     return build_batch(toy_groups(**kwargs), multiple_of=multiple_of)
 

@@ -470,6 +470,8 @@ def traced_bytes(model: ModelConfig, sizes: tuple[int, ...], remat: Any, dtype: 
             "teacher_prompt": (n, s, q),
             "teacher_length": (n, s),
             "prompt_of": (n, g),
+            "suffix": (n, g, 0),  # a teacher's, of which nothing is kept
+            "suffix_length": (n, g),
             "response": (n, g, t),
         }
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}

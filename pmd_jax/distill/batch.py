@@ -1,10 +1,13 @@
 """Records become arrays: the rollouts of a step as padded groups, ready for the fused forward.
 
-A group is one problem: its student prompt once, its distinct teacher prompts once each, and all its
-responses. What identical siblings share is computed once (model.dual_hidden). Sizes are rounded up
-to buckets so that a run compiles a handful of programs; `padding_fraction` says what that costs.
+A group is one problem: its student prompt once, its teacher prompts, and all its responses. What
+siblings share is computed once (model.dual_hidden): equal teacher prompts, or the beginning of ones
+that differ further on, of which each rollout then computes the end in its own row. `build_batch`
+takes whichever computes fewer tokens. Sizes are rounded up to buckets so that a run compiles a
+handful of programs; `padding_fraction` says what that costs.
 
-Axes: N groups, P student prompt columns, S teacher prompts, Q their columns, G rollouts, T tokens.
+Axes: N groups, P student prompt columns, S teacher prompts, Q their columns, G rollouts, U columns
+of suffixes, T tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ Tokens = Sequence[int]
 class DistillGroup:
     """One problem of a batch: its prompts as tokens, and its rollouts.
 
-    teacher_prompts: one per rollout; equal ones are computed once. has_guidance: one per rollout.
+    teacher_prompts: one per rollout; what is equal is computed once. has_guidance: one per rollout.
     """
 
     student_prompt: Tokens
@@ -41,7 +44,8 @@ class DistillGroup:
 class DistillBatch(NamedTuple):
     """Padded arrays, numpy on the host and jax on the devices.
 
-    Rows are right-padded to their valid lengths; an empty group has response_length 0.
+    The teacher of a rollout reads teacher_prompt[prompt_of], then the rollout's suffix. Rows are
+    right-padded to their valid lengths; an empty group has response_length 0.
     """
 
     student_prompt: Int[Any, "N 1 P"]
@@ -49,17 +53,57 @@ class DistillBatch(NamedTuple):
     teacher_prompt: Int[Any, "N S Q"]
     teacher_length: Int[Any, "N S"]
     prompt_of: Int[Any, "N G"]
+    suffix: Int[Any, "N G U"]
+    suffix_length: Int[Any, "N G"]
     response: Int[Any, "N G T"]
     response_length: Int[Any, "N G"]
     sampled_logprobs: Float[Any, "N G T"]
     has_guidance: Bool[Any, "N G"]
 
 
-def _distinct(prompts: Sequence[Tokens]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The different prompts in order of appearance, and which of them each entry is."""
+class _Teachers(NamedTuple):
+    """The teacher prompts of a group, which of them each rollout reads, and how it goes on."""
+
+    prompts: Sequence[tuple[int, ...]]
+    prompt_of: Sequence[int]
+    suffixes: Sequence[tuple[int, ...]]
+
+
+def _whole(prompts: Sequence[Tokens]) -> _Teachers:
+    """The different prompts in order of appearance, and empty suffixes."""
     seen: dict[tuple[int, ...], int] = {}
     index = [seen.setdefault(tuple(prompt), len(seen)) for prompt in prompts]
-    return list(seen), index
+    return _Teachers(list(seen), index, [()] * len(index))
+
+
+def _shared(whole: _Teachers) -> _Teachers:
+    """One prompt, the longest beginning that all have, and suffixes."""
+    first, last = min(whole.prompts), max(whole.prompts)  # no other two part earlier
+    pairs = enumerate(zip(first, last, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), len(first))
+    suffixes = [whole.prompts[i][common:] for i in whole.prompt_of]
+    return _Teachers([first[:common]], [0] * len(suffixes), suffixes)
+
+
+def _lay_out(groups: Sequence[DistillGroup], step: int) -> tuple[list[_Teachers], int, int, int]:
+    """The layout of all teacher prompts that computes the fewest tokens, and its S, Q and U.
+
+    In room for S prompts, groups with no more than that have theirs whole, and others the shared
+    beginning, which must not be empty. Of layouts that cost the same, the one with most room.
+    """
+    whole = [_whole(group.teacher_prompts) for group in groups]
+    shared = [_shared(teachers) for teachers in whole]
+    most = max(len(teachers.prompts) for teachers in whole)
+    layouts: list[tuple[int, list[_Teachers], int, int, int]] = []
+    for power in reversed(range((most - 1).bit_length() + 1)):  # most room first: all whole
+        s = 1 << power
+        chosen = [a if len(a.prompts) <= s else b for a, b in zip(whole, shared, strict=True)]
+        lengths = [len(prompt) for teachers in chosen for prompt in teachers.prompts]
+        longest = max(len(suffix) for teachers in chosen for suffix in teachers.suffixes)
+        q, u = bucket(max(lengths), step), bucket(longest, 16) if longest else 0
+        if not layouts or min(lengths) > 0:
+            layouts.append((s * q + len(groups[0].rollouts) * u, chosen, s, q, u))
+    return min(layouts, key=lambda layout: layout[0])[1:]
 
 
 def build_batch(
@@ -73,12 +117,9 @@ def build_batch(
     if len(sizes) != 1:
         raise ValueError(f"batch: groups must all have the same number of rollouts; got {sizes}")
     num_rollouts = sizes.pop()
-    distinct = [_distinct(group.teacher_prompts) for group in groups]
-    most = max(len(prompts) for prompts, _ in distinct)
-    num_prompts = 1 << (most - 1).bit_length()  # 1 or 2, unless feedback makes each one differ
+    teachers, num_prompts, q, u = _lay_out(groups, bucket_tokens)
     n = -(-len(groups) // multiple_of) * multiple_of
     p = bucket(max(len(group.student_prompt) for group in groups), bucket_tokens)
-    q = bucket(max(len(prompt) for prompts, _ in distinct for prompt in prompts), bucket_tokens)
     t = bucket(max(len(r.tokens) for group in groups for r in group.rollouts), 16)
     batch = DistillBatch(
         student_prompt=np.zeros((n, 1, p), np.int32),
@@ -86,20 +127,24 @@ def build_batch(
         teacher_prompt=np.zeros((n, num_prompts, q), np.int32),
         teacher_length=np.ones((n, num_prompts), np.int32),
         prompt_of=np.zeros((n, num_rollouts), np.int32),
+        suffix=np.zeros((n, num_rollouts, u), np.int32),
+        suffix_length=np.zeros((n, num_rollouts), np.int32),
         response=np.zeros((n, num_rollouts, t), np.int32),
         response_length=np.zeros((n, num_rollouts), np.int32),
         sampled_logprobs=np.zeros((n, num_rollouts, t), np.float32),
         has_guidance=np.zeros((n, num_rollouts), bool),
     )
-    for i, (group, (prompts, index)) in enumerate(zip(groups, distinct, strict=True)):
+    for i, (group, (prompts, prompt_of, suffixes)) in enumerate(zip(groups, teachers, strict=True)):
         batch.student_length[i, 0] = len(group.student_prompt)
         batch.student_prompt[i, 0, : len(group.student_prompt)] = group.student_prompt
         for s, prompt in enumerate(prompts):
             batch.teacher_length[i, s] = len(prompt)
             batch.teacher_prompt[i, s, : len(prompt)] = prompt
-        batch.prompt_of[i] = index
+        batch.prompt_of[i] = prompt_of
         batch.has_guidance[i] = group.has_guidance
-        for g, rollout in enumerate(group.rollouts):
+        for g, (rollout, suffix) in enumerate(zip(group.rollouts, suffixes, strict=True)):
+            batch.suffix_length[i, g] = len(suffix)
+            batch.suffix[i, g, : len(suffix)] = suffix
             length = len(rollout.tokens)
             batch.response_length[i, g] = length
             batch.response[i, g, :length] = rollout.tokens
@@ -109,12 +154,13 @@ def build_batch(
 
 def padding_fraction(batch: DistillBatch) -> float:
     """Share of the computed tokens, of student and teacher together, that are padding."""
-    used = batch.student_length.sum() + 2 * batch.response_length.sum()
+    used = batch.student_length.sum() + batch.suffix_length.sum() + 2 * batch.response_length.sum()
     used += sum(
         int(batch.teacher_length[i, sorted(set(batch.prompt_of[i]))].sum())
         for i in range(len(batch.prompt_of))
     )
-    size = batch.student_prompt.size + batch.teacher_prompt.size + 2 * batch.response.size
+    size = batch.student_prompt.size + batch.teacher_prompt.size + batch.suffix.size
+    size += 2 * batch.response.size
     return 1 - float(used) / size
 
 

@@ -113,6 +113,8 @@ def distill_loss(
         batch.teacher_prompt,
         batch.teacher_length,
         batch.prompt_of,
+        batch.suffix,
+        batch.suffix_length,
         batch.response,
         model,
         dtype,

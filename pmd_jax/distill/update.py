@@ -142,7 +142,11 @@ def init_state(
 
 def _micro_batches(tree: Any, count: int) -> Any:
     """[N, ...] -> [count, N / count, ...], each taking every count-th group: rows stay local."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
+
+    def cut(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(cut, tree)
 
 
 def _whole_batch(tree: Any) -> Any:

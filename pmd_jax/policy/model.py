@@ -11,7 +11,8 @@ dual_hidden      student and teacher in one scan over layers, prompts shared by 
 decode_hidden    one new token a row, unrolled over layers
 
 Axes: B rows, T tokens, D width, V vocabulary, L layers, H query heads, K key-value heads, d head
-width; N groups, S prompts of a group, P prompt columns, G rollouts of a group.
+width; N groups, S prompts of a group, P prompt columns, G rollouts of a group, U suffix columns, R
+columns of a row behind its prompt: T, or U + T.
 Weights may be float32 and are cast layer by layer to the dtype of the hidden states; norms, rotary
 angles and logits are float32. Left out: dropout, biases, mixture of experts.
 """
@@ -298,30 +299,53 @@ def _grouped_inputs(
     prompts: Array,
     lengths: Array,
     prompt_of: Array,
-    response: Array,
+    rows: Array,
     config: ModelConfig,
     dtype: Any,
 ) -> tuple[Array, Array]:
-    """Embedded tokens [N, S*P + G*T, D] and their positions, prompts first."""
+    """Embedded tokens [N, S*P + G*R, D] and their positions, prompts first."""
     n, length = prompts.shape[0], prompts.shape[-1]
     start = jnp.take_along_axis(lengths, prompt_of, axis=1)[..., None]  # [N, G, 1]
     ahead = jnp.broadcast_to(jnp.arange(length), prompts.shape).reshape(n, -1)
-    behind = (start + jnp.arange(response.shape[-1])).reshape(n, -1)
-    tokens = jnp.concatenate([prompts.reshape(n, -1), response.reshape(n, -1)], axis=1)
+    behind = (start + jnp.arange(rows.shape[-1])).reshape(n, -1)
+    tokens = jnp.concatenate([prompts.reshape(n, -1), rows.reshape(n, -1)], axis=1)
     hidden = constrain(embed(params, tokens, config, dtype), "batch", None, None)
     return hidden, jnp.concatenate([ahead, behind], axis=1)
 
 
-def _before_each_response_token(
-    h: Array, prompts: Array, lengths: Array, prompt_of: Array, response: Array
-) -> Float[Array, "N G T D"]:
-    """The hidden state that predicts each response token: one token earlier in its own row."""
+def _behind_suffix(
+    suffix: Int[Array, "N G U"], length: Int[Array, "N G"], response: Int[Array, "N G T"]
+) -> Int[Array, "N G R"]:
+    """Rows of a suffix and, without a gap, the response; what is left at the end is padding."""
+    most = suffix.shape[-1]
+    if most == 0:
+        return response
+    tokens = jnp.concatenate([suffix, response], axis=-1)
+    column, length = jnp.arange(tokens.shape[-1]), length[..., None]
+    source = jnp.where(column < length, column, column + most - length)
+    return jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[-1] - 1), axis=-1)
+
+
+def _before_each_token(
+    h: Array, prompts: Array, lengths: Array, prompt_of: Array, rows: Array
+) -> Float[Array, "N G R D"]:
+    """The hidden state that predicts each token of the rows: one token earlier in its own row."""
     n, _, length = prompts.shape
     ahead, behind = jnp.split(h, [prompts.shape[1] * length], axis=1)
     last = prompt_of * length + jnp.take_along_axis(lengths, prompt_of, axis=1) - 1
     first = jnp.take_along_axis(ahead, last[..., None], axis=1)  # [N, G, D]
-    rest = behind.reshape(n, *response.shape[1:], -1)[:, :, :-1]
+    rest = behind.reshape(n, *rows.shape[1:], -1)[:, :, :-1]
     return jnp.concatenate([first[:, :, None], rest], axis=2)
+
+
+def _of_response(
+    h: Float[Array, "N G R D"], suffix_length: Int[Array, "N G"], tokens: int
+) -> Float[Array, "N G T D"]:
+    """The columns of each row that stand behind its suffix."""
+    if h.shape[2] == tokens:
+        return h
+    column = suffix_length[..., None] + jnp.arange(tokens)
+    return jnp.take_along_axis(h, column[..., None], axis=2)
 
 
 REMAT_POLICIES = {
@@ -339,6 +363,8 @@ def dual_hidden(
     teacher_prompt: Int[Array, "N S Q"],
     teacher_length: Int[Array, "N S"],
     prompt_of: Int[Array, "N G"],
+    suffix: Int[Array, "N G U"],
+    suffix_length: Int[Array, "N G"],
     response: Int[Array, "N G T"],
     config: ModelConfig,
     dtype: Any,
@@ -349,16 +375,23 @@ def dual_hidden(
     One scan over layers carries both; the teacher is under `stop_gradient`, so the matrix work is
     exactly student forward + backward + teacher forward. Each distinct prompt is run once and read
     by all rollouts of its group. teacher None is the student itself: then each layer's weights are
-    gathered once for both. prompt_of says which teacher prompt each rollout reads.
+    gathered once for both. prompt_of says which teacher prompt each rollout reads, and suffix how
+    that prompt goes on for it alone: those tokens are computed in the rollout's own row.
     """
     frozen = lax.stop_gradient(student if teacher is None else teacher)
     views = (
-        (student, student_prompt, student_length, jnp.zeros_like(prompt_of)),
-        (frozen, teacher_prompt, teacher_length, prompt_of),
+        (student, student_prompt, student_length, jnp.zeros_like(prompt_of), response),
+        (
+            frozen,
+            teacher_prompt,
+            teacher_length,
+            prompt_of,
+            _behind_suffix(suffix, suffix_length, response),
+        ),
     )
     sides = []
-    for params, prompts, lengths, index in views:
-        h, positions = _grouped_inputs(params, prompts, lengths, index, response, config, dtype)
+    for params, prompts, lengths, index, rows in views:
+        h, positions = _grouped_inputs(params, prompts, lengths, index, rows, config, dtype)
 
         def attend(q, k, v, window, prompts=prompts, lengths=lengths, index=index):
             sizes = prompts.shape[1] * prompts.shape[2], response.shape[1]
@@ -382,10 +415,7 @@ def dual_hidden(
     own = None if teacher is None else frozen["layers"]
     xs = (student["layers"], own, sliding_of(config))
     final, _ = lax.scan(body, (h_student, h_teacher), xs)
-    predicting = [
-        final_norm(
-            params, _before_each_response_token(h, prompts, lengths, index, response), config
-        )
-        for h, (params, prompts, lengths, index) in zip(final, views, strict=True)
-    ]
+    before = [_before_each_token(h, *view[1:]) for h, view in zip(final, views, strict=True)]
+    before[1] = _of_response(before[1], suffix_length, response.shape[-1])
+    predicting = [final_norm(view[0], h, config) for h, view in zip(before, views, strict=True)]
     return predicting[0], lax.stop_gradient(predicting[1])
