@@ -29,6 +29,7 @@ from pmd_jax.distill.batch import (
     DistillBatch,
     DistillGroup,
     build_batch,
+    build_batches,
     padding_fraction,
     place,
 )
@@ -209,7 +210,8 @@ class Trainer:
             metrics |= self.abstract(step, progress)
         with self.phase("teach", progress):
             prompts = self.teach(step, groups)
-        batch, report = self.distill(step, groups, prompts, progress)
+        batch, report, padding = self.distill(step, groups, prompts, progress)
+        metrics["padding_fraction"] = padding
         losses = rollout_losses(report, batch)[: len(groups)]
         metrics |= self.account(batch, report, prompts) | teacher_gain(batch, report, groups)
         samples = self.samples(groups, prompts, losses)
@@ -322,33 +324,43 @@ class Trainer:
         groups: Sequence[Group],
         prompts: Sequence[Sequence[TeacherPrompt]],
         progress: Progress,
-    ) -> tuple[DistillBatch, StepReport]:
-        """The fused student/teacher forward on the same tokens, and the update."""
+    ) -> tuple[DistillBatch, StepReport, float]:
+        """The fused student/teacher forward on the same tokens, and the update.
+
+        Also returns the fraction of the computed tokens that was padding.
+        """
         config, mesh = self.config.distill, self.policy.mesh
         with self.phase("distill", progress):
             encode = self.policy.tokenizer.encode_chat
-            batch = build_batch(
-                [
-                    DistillGroup(
-                        group.prompt,
-                        [encode(prompt.messages) for prompt in teacher],
-                        [prompt.has_guidance for prompt in teacher],
-                        group.rollouts,
-                    )
-                    for group, teacher in zip(groups, prompts, strict=True)
-                ],
+            taught = [
+                DistillGroup(
+                    group.prompt,
+                    [encode(prompt.messages) for prompt in teacher],
+                    [prompt.has_guidance for prompt in teacher],
+                    group.rollouts,
+                )
+                for group, teacher in zip(groups, prompts, strict=True)
+            ]
+            batches, rows = build_batches(
+                taught,
+                config.length_buckets,
                 multiple_of=math.lcm(config.micro_batch or 1, batch_shards(mesh)),
                 bucket_tokens=config.bucket_tokens,
             )
             self.policy.release()
-            placed = place(batch, mesh)
+            placed = [place(batch, mesh) for batch in batches]
             with self.updating:
-                self.state, report = self._train_step(self.state, placed)
+                self.state, report = self._train_step(self.state, *placed)
                 self.policy.params = self.state.params
                 report = jax.device_get(report)
+        batch, padding = batches[0], padding_fraction(*batches)
+        if len(batches) > 1:  # what is logged is of the groups in their order
+            batch = build_batch(taught)
+            per_token = jax.tree.map(lambda x: x[rows], report.per_token)
+            report = report._replace(per_token=per_token)
         if not report.finite:
             raise NotFinite(self._explain(step, batch, report))
-        return batch, report
+        return batch, report, padding
 
     def _explain(self, step: int, batch: DistillBatch, report: StepReport) -> str:
         file = self.folder / f"not_finite_step_{step}.npz"
@@ -393,7 +405,6 @@ class Trainer:
             "teacher/with_behavior": with_behavior / size,
             "teacher/prompt_tokens": float(read.mean()),
             "teacher/cut_tokens": sum(sum(p.cut_tokens.values()) for p in teachers) / size,
-            "padding_fraction": padding_fraction(batch),
             **{f"memory/{level}": count for level, count in self.bank.sizes().items()},
         }
 

@@ -127,6 +127,29 @@ def test_every_step_runs_and_every_level_of_memory_reaches_a_loss(model, tmp_pat
     }
 
 
+def test_length_buckets_change_no_number_that_is_logged(model, tmp_path):
+    """Problems and attempts stay in their order, whichever batch computed them."""
+    one, other = (
+        run(
+            model,
+            tmp_path / str(buckets),
+            steps=1,
+            mesh=MeshConfig(data=4, fsdp=1, tensor=2),
+            rollout=RolloutConfig(problems_per_step=8, rollouts_per_problem=4, max_new_tokens=8),
+            distill=DistillConfig(bucket_tokens=64, length_buckets=buckets),
+        )
+        for buckets in (1, 2)
+    )
+    for a, b in zip(lines(one), lines(other), strict=True):
+        for name in ("loss", "grad_norm", "entropy", "teacher/gain_wrong", "teacher/prompt_tokens"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3), name
+        assert b["padding_fraction"] < a["padding_fraction"]
+    losses = [
+        [row["loss_nats"] for row in lines(folder, "samples.jsonl")] for folder in (one, other)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_what_is_cited_can_be_walked_back_to_the_rollout(model, tmp_path):
     """teacher prompt -> behavior -> insight -> experience, and its text is in the prompt."""
     folder = run(model, tmp_path, steps=3)

@@ -23,6 +23,7 @@ from pmd_jax.distill.batch import (
     DistillBatch,
     DistillGroup,
     build_batch,
+    build_batches,
     padding_fraction,
     place,
 )
@@ -60,9 +61,11 @@ def trained(config=None, mesh=None, batch=None, steps=1, optimizer=OPTIMIZER):
     ema = config.teacher == "ema"
     state = init_state(params_on(mesh), CONFIG, make_optimizer(optimizer, CONFIG), mesh, ema)
     step = make_train_step(CONFIG, optimizer, config, mesh, F32)
-    placed, reports = place(batch if batch is not None else toy_batch(), mesh), []
+    batch = batch if batch is not None else toy_batch()
+    placed = [place(part, mesh) for part in (batch if isinstance(batch, list) else [batch])]
+    reports = []
     for _ in range(steps):
-        state, report = step(state, placed)
+        state, report = step(state, *placed)
         reports.append(report)
     return state, reports, step
 
@@ -331,11 +334,81 @@ def test_a_shared_beginning_on_eight_devices_equals_each_rollout_alone_on_one():
     assert_known_close(report.per_token, other.per_token, batch)
 
 
+# --- length buckets ------------------------------------------------------------------------------
+
+
+def of_lengths(*lengths):
+    """Groups of one prompt token and two responses, the second of the given length."""
+    return [
+        DistillGroup([i], [[i]] * 2, [True] * 2, rollouts([1], [1] * length))
+        for i, length in enumerate(lengths)
+    ]
+
+
+def test_groups_of_like_size_share_a_batch_and_keep_their_place():
+    batches, rows = build_batches(of_lengths(3, 40, 20, 5, 30), count=2)
+    assert [b.student_prompt[:, 0, 0].tolist() for b in batches] == [[1, 4, 2], [3, 0]]
+    assert [b.response.shape for b in batches] == [(3, 2, 48), (2, 2, 16)]
+    assert rows == [4, 0, 2, 3, 1]
+    used = sum(2 + 2 * (1 + length) for length in (3, 40, 20, 5, 30))
+    size = 3 * (2 * 64 + 4 * 48) + 2 * (2 * 64 + 4 * 16)
+    assert padding_fraction(*batches) == pytest.approx(1 - used / size)
+
+
+def test_empty_groups_are_among_the_smallest():
+    batches, rows = build_batches(of_lengths(3, 40, 20, 5, 30), count=2, multiple_of=4)
+    assert [b.student_prompt[:, 0, 0].tolist() for b in batches] == [[1, 4, 2, 3], [0, 0, 0, 0]]
+    assert rows == [4, 0, 2, 3, 1]
+    assert len(build_batches(of_lengths(3, 40), count=3, multiple_of=4)[0]) == 1
+
+
+def uneven_groups(count):
+    """Groups whose responses, up to 60 tokens, and prompts fall into several buckets."""
+    groups = told_apart(toy_groups(num_groups=count))
+    rng = np.random.default_rng(2)
+    for i in range(0, count, 2):
+        tokens = [rng.integers(1, 90, 30 + 7 * g + i) for g in range(4)]
+        groups[i] = dataclasses.replace(groups[i], rollouts=rollouts(*tokens))
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("num_buckets", "devices", "config"),
+    [
+        (2, 1, DistillConfig()),
+        (3, 1, DistillConfig(normalisation="sequence_mean", micro_batch=1, teacher="ema")),
+        (2, 8, DistillConfig(micro_batch=4)),
+    ],
+    ids=["two", "sequences", "eight devices"],
+)
+def test_length_buckets_equal_one_batch(num_buckets, devices, config):
+    groups = uneven_groups(4 * devices if devices > 1 else 6)
+    mesh = eight_devices() if devices == 8 else single_device_mesh()
+    batches, rows = build_batches(groups, num_buckets, 4 if devices == 8 else 1)
+    assert len(batches) == num_buckets
+    assert batches[0].response.shape[2] > batches[-1].response.shape[2]
+    whole = build_batch(groups)
+    one, (report,), _ = trained(dataclasses.replace(config, micro_batch=0), batch=whole)
+    cut, (other,), _ = trained(config, mesh, batches)
+    for name in ("loss", "grad_norm", "entropy", "logprob_gap", "learning_rate"):
+        np.testing.assert_allclose(getattr(other, name), getattr(report, name), rtol=1e-5)
+    assert_close(jax.device_get(cut), jax.device_get(one), 1e-5)
+    in_order = type(other.per_token)(*(x[rows] for x in other.per_token))
+    assert_known_close(in_order, report.per_token, whole)
+
+
+def test_each_size_of_batch_compiles_once():
+    batches, _ = build_batches(uneven_groups(4), 2)
+    _, _, step = trained(batch=[*batches, batches[1]], steps=3)
+    assert step.adding._cache_size() == 2
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: OptimizerConfig(learning_rate=-1), "learning_rate: must be at least 0; got -1"),
         (lambda: OptimizerConfig(beta2=1.0), r"beta2: must be in \[0, 1\); got 1.0"),
+        (lambda: DistillConfig(length_buckets=0), "length_buckets: must be at least 1; got 0"),
         (lambda: DistillConfig(ema_rate=2), "ema_rate: must be between 0 and 1; got 2"),
         (lambda: DivergenceConfig(top_k=-1), "top_k: must be at least 0"),
     ],

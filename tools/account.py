@@ -113,8 +113,10 @@ class Work:
 
     @property
     def micro_groups(self) -> int:
-        """Of one micro-batch, on all devices."""
-        return self.config.distill.micro_batch or self.groups
+        """Of one micro-batch, or of the largest batch of a step, on all devices."""
+        config = self.config.distill
+        batches = -(-self.groups // (self.shards * config.length_buckets)) * self.shards
+        return config.micro_batch or batches
 
     @property
     def slice(self) -> ModelConfig:
@@ -538,7 +540,7 @@ def training(work: Work) -> Phase:
     summed = num_bytes(params) if work.groups > work.micro_groups else 0
     lines = (
         Line("batch", work.groups // work.shards * num_bytes(work.group)),
-        Line("gradients, summed over micro-batches", summed),
+        Line("gradients, summed over batches", summed),
         Line("gradients", gradients),
         Line(f"kept for the backward pass, remat {work.config.distill.remat}", kept),
         Line("weights cast or gathered", forms, exact=False),

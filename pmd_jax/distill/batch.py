@@ -152,8 +152,42 @@ def build_batch(
     return batch
 
 
-def padding_fraction(batch: DistillBatch) -> float:
+def build_batches(
+    groups: Sequence[DistillGroup], count: int, multiple_of: int = 1, bucket_tokens: int = 64
+) -> tuple[list[DistillBatch], list[int]]:
+    """Groups of like size in up to `count` batches; for each group its row in all of them, joined.
+
+    The largest come first, so that empty groups are among the smallest.
+    """
+    units = -(-len(groups) // multiple_of)
+    if min(count, units) <= 1:
+        return [build_batch(groups, multiple_of, bucket_tokens)], list(range(len(groups)))
+
+    def size(i: int) -> int:
+        group = groups[i]
+        longest = max(len(rollout.tokens) for rollout in group.rollouts)
+        prompts = len(group.student_prompt) + max(map(len, group.teacher_prompts))
+        return prompts + 2 * len(group.rollouts) * longest
+
+    order = sorted(range(len(groups)), key=size, reverse=True)
+    batches: list[DistillBatch] = []
+    rows: dict[int, int] = {}
+    for part in np.array_split(np.arange(units), min(count, units)):
+        chosen = order[part[0] * multiple_of : (part[-1] + 1) * multiple_of]
+        first = sum(len(batch.response) for batch in batches)
+        rows |= {i: first + place for place, i in enumerate(chosen)}
+        batches.append(build_batch([groups[i] for i in chosen], multiple_of, bucket_tokens))
+    return batches, [rows[i] for i in range(len(groups))]
+
+
+def padding_fraction(*batches: DistillBatch) -> float:
     """Share of the computed tokens, of student and teacher together, that are padding."""
+    used, size = np.sum([_used_and_computed(batch) for batch in batches], axis=0)
+    return 1 - float(used / size)
+
+
+def _used_and_computed(batch: DistillBatch) -> tuple[int, int]:
+    """Tokens of both sides, without and with padding."""
     used = batch.student_length.sum() + batch.suffix_length.sum() + 2 * batch.response_length.sum()
     used += sum(
         int(batch.teacher_length[i, sorted(set(batch.prompt_of[i]))].sum())
@@ -161,7 +195,7 @@ def padding_fraction(batch: DistillBatch) -> float:
     )
     size = batch.student_prompt.size + batch.teacher_prompt.size + batch.suffix.size
     size += 2 * batch.response.size
-    return 1 - float(used) / size
+    return int(used), size
 
 
 def place(batch: DistillBatch, mesh: Mesh) -> DistillBatch:

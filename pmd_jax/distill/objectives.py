@@ -32,7 +32,9 @@ class DistillConfig:
     that count; "sequence_mean" averages each rollout first and divides by all rollouts, those
     without guidance too (what SDPO effectively does). micro_batch: groups computed at once, 0 for
     all. chunk_tokens: tokens whose logits exist at once. bucket_tokens: prompt lengths are rounded
-    up to multiples of it. remat: what the backward pass recomputes.
+    up to multiples of it. length_buckets: batches that the groups of a step are sorted into by
+    size, each padded to its own; their gradients are summed. remat: what the backward pass
+    recomputes.
     """
 
     divergence: DivergenceConfig = dataclasses.field(default_factory=DivergenceConfig)
@@ -42,6 +44,7 @@ class DistillConfig:
     micro_batch: int = 0
     chunk_tokens: int = 512
     bucket_tokens: int = 64
+    length_buckets: int = 1
     remat: Remat = "context"
 
     def __post_init__(self) -> None:
@@ -49,7 +52,7 @@ class DistillConfig:
             raise ValueError(f"ema_rate: must be between 0 and 1; got {self.ema_rate}")
         if self.micro_batch < 0:
             raise ValueError(f"micro_batch: must be at least 0 (0: all); got {self.micro_batch}")
-        for name in ("chunk_tokens", "bucket_tokens"):
+        for name in ("chunk_tokens", "bucket_tokens", "length_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1; got {getattr(self, name)}")
 
@@ -68,17 +71,26 @@ def response_mask(batch: DistillBatch) -> Float[Array, "N G T"]:
     return (jnp.arange(batch.response.shape[-1]) < batch.response_length[..., None]) * 1.0
 
 
-def loss_weights(batch: DistillBatch, config: DistillConfig) -> Float[Array, "N G T"]:
-    """The weight of each token's divergence; a rollout without guidance has none.
+def token_weights(
+    batch: DistillBatch, config: DistillConfig
+) -> tuple[Float[Array, "N G T"], Float[Array, ""]]:
+    """What each token's divergence counts, and what the sum over a step is divided by.
 
-    token_mean: 1 / (tokens that count). sequence_mean: 1 / (tokens of the rollout * all rollouts).
+    A rollout without guidance counts nothing. token_mean: 1, and tokens that count.
+    sequence_mean: 1 / tokens of the rollout, and all rollouts.
     """
     mask = response_mask(batch)
     counted = mask * batch.has_guidance[..., None]
     if config.normalisation == "token_mean":
-        return counted / jnp.maximum(counted.sum(), 1)
-    rollouts = jnp.maximum((batch.response_length > 0).sum(), 1)
-    return counted / jnp.maximum(mask.sum(-1, keepdims=True), 1) / rollouts
+        return counted, counted.sum()
+    rollouts = jnp.sum(batch.response_length > 0, dtype=jnp.float32)
+    return counted / jnp.maximum(mask.sum(-1, keepdims=True), 1), rollouts
+
+
+def loss_weights(batch: DistillBatch, config: DistillConfig) -> Float[Array, "N G T"]:
+    """The weight of each token's divergence, where the batch is the whole step."""
+    weights, total = token_weights(batch, config)
+    return weights / jnp.maximum(total, 1)
 
 
 def chunk_length(batch: DistillBatch, chunk_tokens: int) -> int:

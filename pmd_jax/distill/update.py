@@ -1,18 +1,21 @@
 """One training step: TrainState in, TrainState out, jitted, sharded, donated.
 
 Micro-batches run in a scan with summed gradients; weights are normalised over the whole step
-before. A loss or gradient that is not finite leaves the state as it was and says so, so that the
-last good weights survive. The EMA teacher moves once per step, in float32: T <- T + rate (S - T).
+before. Batches of several sizes (length buckets) add to the same sums, a program for each size; one
+more program divides the sums and updates. A loss or gradient that is not finite leaves the state as
+it was and says so, so that the last good weights survive. The EMA teacher moves once per step, in
+float32: T <- T + rate (S - T).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -21,7 +24,13 @@ from jaxtyping import Array, Float, Int
 
 from pmd_jax.distill.batch import DistillBatch
 from pmd_jax.distill.divergence import PerToken
-from pmd_jax.distill.objectives import DistillConfig, distill_loss, loss_weights, response_mask
+from pmd_jax.distill.objectives import (
+    DistillConfig,
+    distill_loss,
+    loss_weights,
+    response_mask,
+    token_weights,
+)
 from pmd_jax.policy.families import ModelConfig, weight_table
 from pmd_jax.policy.model import Params, abstract_params, tree_of
 from pmd_jax.policy.sharding import batch_shards
@@ -162,9 +171,15 @@ def loss_and_gradients(
     model: ModelConfig,
     dtype: Any,
     shards: int,
+    weights: Float[Array, "N G T"] | None = None,
+    start: tuple[Array, Params] | None = None,
 ) -> tuple[Array, PerToken, Params]:
-    """The loss of the whole batch, computed in micro-batches of `config.micro_batch` groups."""
-    weights = loss_weights(batch, config)
+    """The loss of the whole batch, computed in micro-batches of `config.micro_batch` groups.
+
+    weights: those of a batch that is a whole step, if None. start: a loss and gradients to add to.
+    """
+    if weights is None:
+        weights = loss_weights(batch, config)
     groups = batch.response.shape[0]
     count = groups // config.micro_batch if config.micro_batch else 1
 
@@ -176,16 +191,43 @@ def loss_and_gradients(
         return value, known, gradients
 
     if count <= 1:
-        return one(batch, weights)
+        value, known, gradients = one(batch, weights)
+        if start is not None:
+            value, gradients = jax.tree.map(jnp.add, start, (value, gradients))
+        return value, known, gradients
 
     def body(carry, xs):
         value, known, gradients = one(*xs)
         return jax.tree.map(jnp.add, carry, (value, gradients)), known
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    if start is None:
+        start = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
     xs = (_micro_batches(batch, count), _micro_batches(weights, count))
-    (value, gradients), known = lax.scan(body, zero, xs)
+    (value, gradients), known = lax.scan(body, start, xs)
     return value, _whole_batch(known), gradients
+
+
+class _Means(NamedTuple):
+    """Sums over response tokens, and how many those are."""
+
+    tokens: Float[Array, ""]
+    entropy: Float[Array, ""]
+    gap: Float[Array, ""]
+
+    @classmethod
+    def of(cls, batch: DistillBatch, known: PerToken) -> _Means:
+        mask = response_mask(batch)
+        gap = jnp.abs(known.student - batch.sampled_logprobs)
+        return cls(mask.sum(), jnp.sum(known.entropy * mask), jnp.sum(gap * mask))
+
+
+class _Sums(NamedTuple):
+    """What the batches of a step add up to; `total` is what loss and gradients are divided by."""
+
+    loss: Float[Array, ""]
+    gradients: Params
+    total: Float[Array, ""]
+    means: _Means
 
 
 def make_train_step(
@@ -194,15 +236,18 @@ def make_train_step(
     config: DistillConfig,
     mesh: Mesh,
     dtype: Any,
-) -> Callable[[TrainState, DistillBatch], tuple[TrainState, StepReport]]:
-    """The jitted step. The state is donated: use the one that comes back."""
+) -> Callable[..., tuple[TrainState, StepReport]]:
+    """The jitted step: (state, batch, *more batches) -> (state, report).
+
+    The state is donated: use the one that comes back. Of several batches, which are one step
+    together, per_token comes joined and padded, as numpy.
+    """
     optimizer = make_optimizer(optimizer_config, model)
     ema, shards = config.teacher == "ema", batch_shards(mesh)
 
-    def step(state: TrainState, batch: DistillBatch) -> tuple[TrainState, StepReport]:
-        loss, known, gradients = loss_and_gradients(
-            state.params, state.teacher, batch, config, model, dtype, shards
-        )
+    def update(
+        state: TrainState, loss: Array, gradients: Params, means: _Means, known: Any
+    ) -> tuple[TrainState, StepReport]:
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
@@ -212,28 +257,81 @@ def make_train_step(
             teacher = optax.incremental_update(params, state.teacher, config.ema_rate)
         new = TrainState(state.step + 1, params, teacher, moments)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        mask = response_mask(batch)
-        tokens = jnp.maximum(mask.sum(), 1)
-        gap = jnp.abs(known.student - batch.sampled_logprobs)
+        tokens = jnp.maximum(means.tokens, 1)
         return new, StepReport(
             loss=loss,
             grad_norm=norm,
             finite=finite,
             learning_rate=learning_rate(optimizer_config, state.step),
-            entropy=jnp.sum(known.entropy * mask) / tokens,
-            logprob_gap=jnp.sum(gap * mask) / tokens,
+            entropy=means.entropy / tokens,
+            logprob_gap=means.gap / tokens,
             per_token=known,
         )
 
-    shardings = _shardings(abstract_state(model, optimizer, mesh, ema))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    def whole(state: TrainState, batch: DistillBatch) -> tuple[TrainState, StepReport]:
+        loss, known, gradients = loss_and_gradients(
+            state.params, state.teacher, batch, config, model, dtype, shards
+        )
+        return update(state, loss, gradients, _Means.of(batch, known), known)
 
-    def run(state: TrainState, batch: DistillBatch) -> tuple[TrainState, StepReport]:
+    def zero(params: Params) -> _Sums:
+        nothing = jnp.float32(0)
+        gradients = jax.tree.map(jnp.zeros_like, params)
+        return _Sums(nothing, gradients, nothing, _Means(nothing, nothing, nothing))
+
+    def add(
+        sums: _Sums, params: Params, teacher: Params | None, batch: DistillBatch
+    ) -> tuple[_Sums, PerToken]:
+        weights, total = token_weights(batch, config)
+        start = sums.loss, sums.gradients
+        loss, known, gradients = loss_and_gradients(
+            params, teacher, batch, config, model, dtype, shards, weights, start
+        )
+        means = jax.tree.map(jnp.add, sums.means, _Means.of(batch, known))
+        return _Sums(loss, gradients, sums.total + total, means), known
+
+    def finish(state: TrainState, sums: _Sums) -> tuple[TrainState, StepReport]:
+        total = jnp.maximum(sums.total, 1)
+        loss, gradients = jax.tree.map(lambda x: x / total, (sums.loss, sums.gradients))
+        return update(state, loss, gradients, sums.means, None)
+
+    held, everywhere = (
+        _shardings(abstract_state(model, optimizer, mesh, ema)),
+        NamedSharding(mesh, P()),
+    )
+    summed: Any = _Sums(*[everywhere] * 4)._replace(gradients=held.params)  # type: ignore[arg-type]
+    jitted = jax.jit(whole, donate_argnums=0, out_shardings=(held, everywhere))
+    start = jax.jit(zero, out_shardings=summed)
+    adding = jax.jit(add, donate_argnums=0, out_shardings=(summed, everywhere))
+    finishing = jax.jit(finish, donate_argnums=0, out_shardings=(held, everywhere))
+
+    def run(
+        state: TrainState, batch: DistillBatch, *more: DistillBatch
+    ) -> tuple[TrainState, StepReport]:
         with jax.set_mesh(mesh):
-            return jitted(state, batch)
+            if not more:
+                return jitted(state, batch)
+            sums, found = start(state.params), []
+            for part in (batch, *more):
+                sums, known = adding(sums, state.params, state.teacher, part)
+                found.append(known)
+            state, report = finishing(state, sums)
+        return state, report._replace(per_token=_joined(found))
 
-    run.jitted = jitted  # type: ignore[attr-defined]
+    run.jitted, run.adding = jitted, adding  # type: ignore[attr-defined]
     return run
+
+
+def _joined(parts: Sequence[PerToken]) -> PerToken:
+    """[N, G, T] of each batch -> one of all groups, batch by batch, padded to the longest T."""
+    longest = max(part.divergence.shape[-1] for part in parts)
+
+    def join(*arrays: Any) -> np.ndarray:
+        return np.concatenate(
+            [np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[-1]))) for x in arrays]
+        )
+
+    return jax.tree.map(join, *jax.device_get(parts))
 
 
 def rollout_losses(report: StepReport, batch: DistillBatch) -> Float[Any, "N G"]:
