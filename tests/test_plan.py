@@ -58,16 +58,24 @@ def work(
     mesh=(1, 1, 1),
     dtype="float32",
     engine=None,
+    feedback=0,
     **distill,
 ):
-    """A plan of N groups with P, S, Q, G, T as given, none of which a bucket changes."""
+    """A plan of N groups with P, S, Q, G, T as given, none of which a bucket changes.
+
+    feedback: each rollout is told so many tokens of its own, or none.
+    """
     n, p, s, q, g, t = shape
     settings = RunConfig(
         model=ModelSection("toy", dtype),
         mesh=MeshConfig(*mesh),
-        task=TaskConfig(num_train=8, num_test=8),
+        task=TaskConfig(num_train=8, num_test=8, feedback=feedback > 0),
         rollout=RolloutConfig(problems_per_step=n, rollouts_per_problem=g, max_new_tokens=t),
-        teacher=TeacherConfig(sources=("insights", "sibling")[:s], max_prompt_tokens=q),
+        teacher=TeacherConfig(
+            sources=(*("insights", "sibling")[:s], *["feedback"] * (feedback > 0)),
+            max_prompt_tokens=q,
+            feedback_tokens=feedback or 1,
+        ),
         distill=DistillConfig(bucket_tokens=16, **distill),
         engine=engine or EngineConfig(),
     )
@@ -162,6 +170,20 @@ def compiled_step(made):
 
 def distill_flops(made):
     return sum(n for name, n in plan.flops(made).items() if name.startswith("distill"))
+
+
+def test_own_feedback_is_computed_in_the_rows_of_responses():
+    told = work((2, 16, 2, 224, 4, 32), feedback=32)
+    assert told.suffix == 96  # with the closing line and the template's end
+    assert told.group.prompt_of.tolist() == [[0, 1, 0, 1]]
+    assert work((2, 16, 2, 224, 4, 32)).suffix == 0
+    jitted, arguments = abstract_step(told)
+    assert distill_flops(told) == product_flops(jitted, *arguments)
+
+
+def test_feedback_that_is_most_of_a_prompt_makes_each_one_whole():
+    made = work((2, 16, 4, 128, 4, 32), feedback=80)
+    assert made.suffix == 0
 
 
 @pytest.mark.parametrize("remat", ["context", "full", "none"])
@@ -264,7 +286,9 @@ def test_memory_of_training_is_near_that_which_xla_needs(name, remat):
     made = work(shape, MIDDLE, remat=remat, **distill)
     found, lines = compiled_step(made).memory_analysis(), account.training(made).lines
     state = {line.name for line in account.state_lines(made)} | {"batch"}
-    assert sum(line.bytes for line in lines if line.name in state) == found.argument_size_in_bytes
+    held = sum(line.bytes for line in lines if line.name in state)
+    unread = made.groups * made.group.suffix_length.nbytes  # of suffixes that are all empty
+    assert held == found.argument_size_in_bytes + unread
     estimate = sum(line.bytes for line in lines if line.name not in state)
     copies = 2 * account.num_bytes(account.held_params(MIDDLE, made.mesh, F32))
     ratio = estimate / (found.temp_size_in_bytes - copies)

@@ -9,8 +9,8 @@ Left out: evaluation, reflection and a second model that writes behaviors, with 
 of their own; buffers of collectives; the framework's own share of a device's memory, so leave a
 tenth free.
 
-Axes as in model.py: N groups, S teacher prompts, P and Q prompt columns, G rollouts, T response
-tokens, D width, V vocabulary, L layers, H heads, d head width.
+Axes as in model.py: N groups, S teacher prompts, P and Q prompt columns, G rollouts, U suffix
+columns, T response tokens, D width, V vocabulary, L layers, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -131,12 +131,18 @@ class Work:
         )
 
     @property
-    def teacher_prompts(self) -> int:
-        """The most different teacher prompts that a group can have (memory/teacher.py)."""
-        config, rollouts = self.config, self.config.rollout.rollouts_per_problem
-        if "feedback" in config.teacher.sources and config.task.feedback:
-            return rollouts
-        return min(2 if "sibling" in config.teacher.sources else 1, rollouts)
+    def own_tokens(self) -> int:
+        """The most tokens at a teacher prompt's end that its siblings lack (memory/teacher.py).
+
+        Feedback, a closing line and the template's end; 0 where no rollout is told feedback.
+        """
+        config = self.config.teacher
+        if "feedback" not in config.sources or not self.config.task.feedback:
+            return 0
+        after = 64 if config.layout == "user" else self.prompt_tokens
+        both = "sibling" in config.sources and not config.feedback_only_without_sibling
+        own = config.feedback_tokens + after + (config.sibling_tokens if both else 0)
+        return min(own, self.teacher_tokens - 1)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -145,22 +151,38 @@ class Work:
         return one.student_prompt.shape[2], *one.teacher_prompt.shape[1:], *one.response.shape[1:]
 
     @property
+    def suffix(self) -> int:
+        """U of its groups."""
+        return self.group.suffix.shape[2]
+
+    @property
     def columns(self) -> tuple[int, int]:
         """Of the sampler's cache: those of a prompt, and those of a ring that is full-grown."""
         return bucket(self.prompt_tokens, 64), bucket(self.config.rollout.max_new_tokens, 16)
 
     @functools.cached_property
     def group(self) -> DistillBatch:
-        """One group, padded as the run would pad it."""
-        prompts = [(i, *[0] * (self.teacher_tokens - 1)) for i in range(self.teacher_prompts)]
+        """One group, padded as the run would pad it beside groups of the other kind.
+
+        One kind is shown a sibling's solution, all of them that of one and this one another's; in
+        the other, each rollout is told its own feedback.
+        """
+        shown = 2 if "sibling" in self.config.teacher.sources else 1
         response = np.zeros(self.response_tokens)
         rollouts = [
             Rollout("", 0, g, "", response.astype(np.int32), response.astype(np.float32), "length")
             for g in range(self.config.rollout.rollouts_per_problem)
         ]
-        teachers = [prompts[g % len(prompts)] for g in range(len(rollouts))]
-        group = DistillGroup([0] * self.prompt_tokens, teachers, [True] * len(rollouts), rollouts)
-        return build_batch([group], bucket_tokens=self.config.distill.bucket_tokens)
+        kinds = [[(g % shown, *[0] * (self.teacher_tokens - 1)) for g in range(len(rollouts))]]
+        if own := self.own_tokens:
+            alike = [0] * (self.teacher_tokens - own)
+            kinds.append([(*alike, *[g] * own) for g in range(len(rollouts))])
+        groups = [
+            DistillGroup([0] * self.prompt_tokens, teachers, [True] * len(rollouts), rollouts)
+            for teachers in kinds
+        ]
+        batch = build_batch(groups, bucket_tokens=self.config.distill.bucket_tokens)
+        return DistillBatch(*(x[:1] for x in batch))
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
@@ -323,17 +345,17 @@ def sides(work: Work, groups: int) -> tuple[Side, Side]:
     p, s, q, g, t = work.sizes
     pairs = functools.partial(row_pairs, work.model.attention)
 
-    def side(prompts: int, length: int) -> Side:
+    def side(prompts: int, length: int, own: int) -> Side:
         rows, responses = groups * prompts, groups * g
         return Side(
-            rows * length + responses * t,
+            rows * length + responses * own,
             rows * pairs(length),
             rows * block_pairs(length),
-            responses * pairs(t, length),
-            responses * (length + t),
+            responses * pairs(own, length),
+            responses * (length + own),
         )
 
-    return side(1, p), side(s, q)
+    return side(1, p, t), side(s, q, work.suffix + t)
 
 
 # Arrays of one kind that XLA keeps at once, found by compiling (tests/test_plan.py).

@@ -191,7 +191,8 @@ def answer(work: Work, options: argparse.Namespace) -> dict[str, Any]:
             "prompt_tokens": work.prompt_tokens,
             "teacher_tokens": work.teacher_tokens,
             "response_tokens": work.response_tokens,
-            "teacher_prompts_per_group": work.teacher_prompts,
+            "teacher_prompts_per_group": work.sizes[1],
+            "teacher_tokens_of_each_rollout": work.suffix,
         },
         "problems_per_step": rollout.problems_per_step,
         "rollouts_per_problem": rollout.rollouts_per_problem,
@@ -232,11 +233,14 @@ def show(told: Mapping[str, Any], console: Console) -> None:
     about.add_row("mesh", " x ".join(f"{name} {size}" for name, size in told["mesh"].items()))
     rollouts = f"{told['problems_per_step']} problems x {told['rollouts_per_problem']} rollouts"
     about.add_row("a step", rollouts)
+    own = assumed["teacher_tokens_of_each_rollout"]
     about.add_row(
         "assumed",
         f"student prompts of {assumed['prompt_tokens']:,} tokens, "
         f"{assumed['teacher_prompts_per_group']} teacher prompts a group of "
-        f"{assumed['teacher_tokens']:,}, responses of {assumed['response_tokens']:,}",
+        f"{assumed['teacher_tokens']:,}"
+        + (f" and ends of {own:,} for each rollout" if own else "")
+        + f", responses of {assumed['response_tokens']:,}",
     )
     scores = told["attention_scores_bytes"] / 1e9
     about.add_row(
