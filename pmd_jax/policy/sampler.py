@@ -265,10 +265,16 @@ class _Run:
             self.harvest(*pending)
 
     def load_prompts(self) -> None:
-        """Prefills waiting prompts into free slots, those of like length together."""
+        """Prefills waiting prompts into free slots, those of like length together.
+
+        A batch is as wide as the longest prompt of the call, or a half or a quarter of it, so that
+        the lengths of another call's prompts ask for no program of their own.
+        """
         loads = sorted(self.scheduler.load(), key=lambda load: len(self.prompts[load[2]]))
         while loads:
-            columns = bucket(len(self.prompts[loads[-1][2]]), 64)
+            longest, columns = len(self.prompts[loads[-1][2]]), self.prompt_columns
+            while columns % 128 == 0 and longest <= columns // 2:
+                columns //= 2
             most = max(self.sampler.engine.prefill_tokens // columns, 1)
             batch = 1 << (min(most, len(loads)).bit_length() - 1)
             self.prefill(loads[-batch:], columns)
