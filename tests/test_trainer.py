@@ -127,6 +127,7 @@ def test_every_step_runs_and_every_level_of_memory_reaches_a_loss(model, tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_length_buckets_change_no_number_that_is_logged(model, tmp_path):
     """Problems and attempts stay in their order, whichever batch computed them."""
     one, other = (

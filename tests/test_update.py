@@ -376,8 +376,13 @@ def uneven_groups(count):
     ("num_buckets", "devices", "config"),
     [
         (2, 1, DistillConfig()),
-        (3, 1, DistillConfig(normalisation="sequence_mean", micro_batch=1, teacher="ema")),
-        (2, 8, DistillConfig(micro_batch=4)),
+        pytest.param(
+            3,
+            1,
+            DistillConfig(normalisation="sequence_mean", micro_batch=1, teacher="ema"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, 8, DistillConfig(micro_batch=4), marks=pytest.mark.slow),
     ],
     ids=["two", "sequences", "eight devices"],
 )
