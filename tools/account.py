@@ -305,7 +305,7 @@ class Side:
     """What one forward pass is about: tokens, and the (reader, read) pairs that it computes.
 
     Pairs of prompts and of responses exist one after the other, those of prompts in blocks, of
-    which the largest is `block_pairs`. read: the columns of keys that all responses read together,
+    which `block_pairs` exist at once. read: the columns of keys that all responses read together,
     where a kernel has them as rows.
     """
 
@@ -336,8 +336,9 @@ def row_pairs(attention: Attention, tokens: int, before: int = 0) -> int:
 
 
 def block_pairs(tokens: int) -> int:
-    """The pairs of the last and largest block of a prompt."""
-    return tokens * tokens // causal_blocks(tokens)
+    """The pairs of a prompt that exist at once: XLA works on about two of its blocks together."""
+    blocks = causal_blocks(tokens)
+    return (tokens // blocks) ** 2 * (2 * blocks - 1 if blocks > 1 else 1)
 
 
 def sides(work: Work, groups: int) -> tuple[Side, Side]:
