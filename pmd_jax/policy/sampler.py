@@ -101,7 +101,7 @@ class SamplerStats:
 
     prefill_tokens: prompt tokens computed, padding included. slots: rows computed, idle ones
     included, over all steps. seconds: of the calls; device_seconds: of them, while the device had
-    decode steps to run. sync_seconds: of casting and gathering the weights for it, once an update.
+    prefills or decode steps to run. sync_seconds: of casting and gathering the weights for it, once an update.
     """
 
     response_tokens: int = 0
@@ -267,14 +267,13 @@ class _Run:
     def load_prompts(self) -> None:
         """Prefills waiting prompts into free slots, those of like length together.
 
-        A batch is as wide as the longest prompt of the call, or a half or a quarter of it, so that
-        the lengths of another call's prompts ask for no program of their own.
+        A batch is as wide as the longest prompt of the call, or so many quarters of it, so that the
+        lengths of another call's prompts hardly ask for programs of their own.
         """
         loads = sorted(self.scheduler.load(), key=lambda load: len(self.prompts[load[2]]))
         while loads:
-            longest, columns = len(self.prompts[loads[-1][2]]), self.prompt_columns
-            while columns % 128 == 0 and longest <= columns // 2:
-                columns //= 2
+            longest, quarter = len(self.prompts[loads[-1][2]]), self.prompt_columns // 4
+            columns = -(-longest // quarter) * quarter
             most = max(self.sampler.engine.prefill_tokens // columns, 1)
             batch = 1 << (min(most, len(loads)).bit_length() - 1)
             self.prefill(loads[-batch:], columns)
@@ -295,6 +294,7 @@ class _Run:
                 self.rows["prompt_len"][shard, slot] = len(ids)
                 stats.prompt_tokens += len(ids)
         stats.prefill_tokens += tokens.size
+        began = time.perf_counter()
         self.state = programs.insert(
             self.weights.params,
             self.state,
@@ -304,6 +304,7 @@ class _Run:
             config=self.sampler.config,
             dtype=self.sampler.dtype,
         )
+        stats.device_seconds += time.perf_counter() - began  # a CPU prefills within the call
 
     def start_rows(self) -> None:
         """Seats waiting samples in free rows; their first token comes with the next step."""

@@ -45,7 +45,7 @@ def run(
 ) -> dict[str, Any]:
     """Seconds of each phase of a step, and tokens/s over all of them.
 
-    idle: of rollout and batch, while the device waited for the host (prefills count as waiting).
+    idle: of rollout and batch, while the device waited for the host.
     """
     mesh, kind = single_device_mesh(), jnp.dtype(dtype)
     of, params = models.load(name, "float32")
