@@ -101,7 +101,8 @@ class SamplerStats:
 
     prefill_tokens: prompt tokens computed, padding included. slots: rows computed, idle ones
     included, over all steps. seconds: of the calls; device_seconds: of them, while the device had
-    prefills or decode steps to run. sync_seconds: of casting and gathering the weights for it, once an update.
+    prefills or decode steps to run. sync_seconds: of casting and gathering the weights for it, once
+    an update.
     """
 
     response_tokens: int = 0
