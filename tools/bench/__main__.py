@@ -123,7 +123,7 @@ def engine(args: argparse.Namespace, on_cpu: bool) -> EngineConfig:
 
 
 def distillation(args: argparse.Namespace, on_cpu: bool) -> DistillConfig:
-    chunk = args.chunk_tokens or (128 if on_cpu else 2048)
+    chunk = args.chunk_tokens or (512 if on_cpu else 2048)
     return DistillConfig(chunk_tokens=chunk, remat=args.remat)
 
 
