@@ -261,12 +261,17 @@ class Compilations:
     """
 
     def __init__(self) -> None:
-        self.count, self.seconds = 0, 0.0
+        self.names: list[str] = []
+        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    def _heard(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.count += 1
+            self.names.append(str(details.get("fun_name", event)))
             self.seconds += duration_secs
 
 

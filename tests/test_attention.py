@@ -268,7 +268,7 @@ def test_cudnn_lowers_for_cuda(on_cuda, config):
     assert found == windows
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU and PMD_TEST_PLATFORM=cuda")
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_cudnn_on_a_gpu_equals_the_reference(monkeypatch, window):
     """Run it there with JAX_PLATFORMS=cuda; conftest.py asks for CPUs."""

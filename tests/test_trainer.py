@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 
-import jax
 import numpy as np
 import pytest
 from toys import write_model_folder
@@ -26,7 +25,7 @@ from pmd_jax.records import Verdict
 from pmd_jax.rollout import RolloutConfig, attempt
 from pmd_jax.run import NothingLearned, train
 from pmd_jax.tasks.task import TaskConfig, load_task
-from pmd_jax.telemetry import Progress
+from pmd_jax.telemetry import Compilations, Progress
 
 TASK = TaskConfig(
     "scicalc", response_style="direct", num_train=8, num_validation=4, num_test=4, feedback=True
@@ -307,28 +306,10 @@ def test_nothing_compiles_after_the_second_step(model, tmp_path):
     with Progress(5) as progress:
         for _ in range(2):
             toy.step(progress)
-        with CompileCount() as count:
-            for _ in range(3):
-                toy.step(progress)
-    assert count.names == []
-
-
-class CompileCount:
-    """The functions compiled within the block."""
-
-    def __enter__(self):
-        self.names = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def _listen(self, event, duration, **details):
-        if event == "/jax/core/compile/backend_compile_duration" and self.names is not None:
-            self.names.append(details.get("fun_name", event))
-
-    def __exit__(self, *_):
-        self.names, found = None, self.names
-        self.names = found
-        jax.monitoring.clear_event_listeners()
+        compiled = Compilations()
+        for _ in range(3):
+            toy.step(progress)
+    assert compiled.names == []
 
 
 def test_a_bank_that_is_missing_or_damaged_is_not_resumed_without(model, tmp_path):

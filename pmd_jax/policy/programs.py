@@ -140,7 +140,6 @@ def decode(
     slot = tables["place"] // tables["members"].shape[2]
     first = cache.gather(state["first_hidden"], slot)
     prompt_len = cache.gather(flat["prompt_len"], slot)
-    slides = any(config.sliding)
 
     def step(carry):
         i, column, ring, count, newest, done, out = carry
@@ -150,7 +149,7 @@ def decode(
         def attend_in(prompt, old):
             def attend(q, k, v, window):
                 new = cache.write_ring(old, k, v, column)
-                return decoding.cached(q, prompt, new, seats, age, window if slides else None), new
+                return decoding.cached(q, prompt, new, seats, age, window), new
 
             return attend
 
