@@ -70,6 +70,14 @@ def test_rows_order_neighbours_and_chunks_change_nothing(reference, order, engin
     assert flat(other) == flat({i: reference[i] for i in order})
 
 
+def test_keys_in_one_block_are_those_in_many(reference, monkeypatch):
+    keys = jnp.arange(12).reshape(6, 2)  # six columns of two
+    assert cache.in_blocks(keys, 3).tolist() == [[[0, 2, 4], [1, 3, 5]], [[6, 8, 10], [7, 9, 11]]]
+    assert (cache.in_line(cache.in_blocks(keys, 3)) == keys).all()
+    monkeypatch.setattr(cache, "block_width", lambda columns, mesh: columns)  # as on a TPU or GPU
+    assert flat(generate(min_columns=8)[0]) == flat(reference)
+
+
 def test_what_is_expected_changes_the_order_of_work_and_nothing_else(reference):
     sampler, weights = make_sampler(max_rows=4)
     expected = [[40 - n for n in limits] for limits in LIMITS]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pmd_jax.policy.attention import MASKED, Window
 from pmd_jax.policy.cache import Segment, gather
@@ -40,29 +40,40 @@ class Part(NamedTuple):
     top: Float[Array, ...]
 
 
-def _attend(q: Float[Array, "X K m d"], segment: Segment, mask: Array) -> Part:
+def _attend(q: Float[Array, "X K m d"], segment: Segment, mask: Bool[Array, "#X #m S"]) -> Part:
     """Softmax weights of m queries on one segment, not yet divided by their sum.
 
-    Of a query that sees nothing here, `top` is so low that the other segment takes it all.
+    Of a query that sees nothing here, `top` is so low that the other segment takes it all. All is
+    done on [X, K, J, m, W], as the keys are cut; the queries stand before each block.
     """
     k, v, k_scale, v_scale = segment
-    s = jnp.einsum("xkmd,xkds->xkms", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    blocks, width = k.shape[2], k.shape[-1]
+
+    def cut(x: Array) -> Array:
+        """[X, K, S, ...] -> [X, K, J, W, ...]"""
+        return x.reshape(*x.shape[:2], blocks, width, *x.shape[3:])
+
+    asking = jnp.broadcast_to(q[:, :, None], (*q.shape[:2], blocks, *q.shape[2:]))
+    s = jnp.einsum(
+        "xkjmd,xkjdw->xkjmw", asking, k.astype(q.dtype), preferred_element_type=jnp.float32
+    )
     s = s * q.shape[-1] ** -0.5
     if k_scale is not None:
-        s = s * k_scale[..., None, :]
+        s = s * cut(k_scale)[..., None, :]
+    mask = mask.reshape(*mask.shape[:2], blocks, width).swapaxes(1, 2)[:, None]
     s = jnp.where(mask, s, MASKED)
-    top = jnp.max(s, axis=-1)
-    weights = jnp.exp(s - top[..., None])
-    total = jnp.sum(weights, axis=-1)
+    top = jnp.max(s, axis=(2, 4))
+    weights = jnp.exp(s - top[:, :, None, :, None])
+    total = jnp.sum(weights, axis=(2, 4))
     if v_scale is not None:
-        weights = weights * v_scale[..., None, :]
+        weights = weights * cut(v_scale)[..., None, :]
     value = jnp.einsum(
-        "xkms,xksd->xkmd",
+        "xkjmw,xkjwd->xkjmd",
         weights.astype(q.dtype),
-        v.astype(q.dtype),
+        cut(v).astype(q.dtype),
         preferred_element_type=jnp.float32,
     )
-    return Part(value, total, top)
+    return Part(jnp.sum(value, axis=2), total, top)
 
 
 def cached(
@@ -84,12 +95,12 @@ def cached(
     asking = gather(own, seats.members).swapaxes(1, 2)  # [N, K, M, R, d]
     asking = asking.reshape(*asking.shape[:2], members * repeats, width)
     positions = jnp.arange(prompt.v.shape[2])
-    seen = (positions < seats.prompt_len[:, None])[:, None, None]  # [N, 1, 1, P]
+    seen = (positions < seats.prompt_len[:, None])[:, None]  # [N, 1, P]
     visible = seats.filled
     if window is not None:
         reader = seats.prompt_len[:, None] + gather(seats.filled, seats.members) - 1  # [N, M]
         near = reader[..., None] - positions < window
-        seen &= jnp.repeat(near, repeats, axis=1)[:, None]
+        seen = seen & jnp.repeat(near, repeats, axis=1)
         visible = jnp.minimum(visible, window)
     shared = _attend(asking, prompt, seen)
 
@@ -99,7 +110,7 @@ def cached(
         return gather(x.reshape(-1, *x.shape[2:]), seats.place)
 
     shared = Part(*(of_rows(x) for x in shared))
-    mine = _attend(own, ring, (ring_age < visible[:, None])[:, None, None])
+    mine = _attend(own, ring, (ring_age < visible[:, None])[:, None])
 
     top = jnp.maximum(shared.top, mine.top)
     parts = [(part, jnp.exp(part.top - top)) for part in (shared, mine)]

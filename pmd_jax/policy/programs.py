@@ -90,7 +90,7 @@ def insert(params, state, slots, tokens, lengths, config: ModelConfig, dtype):
 
 
 pick = jax.jit(cache.pick)
-resize = jax.jit(cache.resize, static_argnames="columns")
+resize = jax.jit(cache.resize, static_argnames=("columns", "width"))
 
 
 def draw(top, hidden, rows, sampling, cuts, num_tokens) -> Drawn:

@@ -339,8 +339,11 @@ class _Run:
                 state["prompt"][i] = programs.pick(old, slots)
         elif columns <= before:
             return
+        width = cache.block_width(columns, self.sampler.mesh)
         for i, old in enumerate(state["ring"]):  # layer by layer, so that little exists twice
-            state["ring"][i] = programs.resize(old, state["column"], rows, columns=columns)
+            state["ring"][i] = programs.resize(
+                old, state["column"], rows, columns=columns, width=width
+            )
         self.columns = columns
         state["column"] = cache.resized_column(state["column"], before, columns)
 
