@@ -130,6 +130,20 @@ def ring_columns(needed: int, longest: int, engine: EngineConfig) -> int:
     return min(max(power_of_two(needed), engine.min_columns), bucket(longest, 16))
 
 
+def request_keys(
+    seed: int, ids: Sequence[int], limits: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], np.ndarray]:
+    """{(prompt, sample): its key data}: all at once, before the devices have anything else to do.
+
+    Asked for later, they would wait behind the prefill.
+    """
+    seats = [(i, j) for i, row in enumerate(limits) for j in range(len(row))]
+    named = np.zeros((2, power_of_two(len(seats))), np.uint32)
+    named[:, : len(seats)] = np.array([(ids[i], j) for i, j in seats]).T
+    found = np.asarray(programs.keys(np.uint32(seed), *named))
+    return dict(zip(seats, found, strict=False))
+
+
 class Sampler:
     """Runs requests through the rows. Holds no weights: they come with each call.
 
@@ -207,7 +221,8 @@ class _Run:
         self, sampler, weights, prompts, limits, ids, sampling, stop_tokens, seed, expected
     ):
         engine, self.sampler, self.weights = sampler.engine, sampler, weights
-        self.prompts, self.limits, self.ids, self.seed = prompts, limits, ids, seed
+        self.prompts, self.limits = prompts, limits
+        self.keys = request_keys(seed, ids, limits)
         samples = max(len(limit) for limit in limits)
         shape = shape_for(len(prompts), samples, engine.max_rows, batch_shards(sampler.mesh))
         self.scheduler = Scheduler(expected, shape)
@@ -305,23 +320,16 @@ class _Run:
             config=self.sampler.config,
             dtype=self.sampler.dtype,
         )
-        stats.device_seconds += time.perf_counter() - began  # a CPU prefills within the call
+        stats.device_seconds += time.perf_counter() - began  # where prefills run within the call
 
     def start_rows(self) -> None:
         """Seats waiting samples in free rows; their first token comes with the next step."""
-        starts = self.scheduler.start()
-        if not starts:
-            return
-        size = power_of_two(len(starts))
-        requests, samples = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
-        for i, (_, _, seat) in enumerate(starts):
-            requests[i], samples[i] = self.ids[seat.prompt], seat.sample
-        keys = np.asarray(programs.keys(np.uint32(self.seed), requests, samples))
-        for i, (shard, row, seat) in enumerate(starts):
+        for shard, row, seat in self.scheduler.start():
             at = shard, row
             self.rows["count"][at], self.rows["newest"][at] = 0, 0
             self.rows["limit"][at] = self.limits[seat.prompt][seat.sample]
-            self.rows["done"][at], self.rows["key"][at] = False, keys[i]
+            self.rows["done"][at] = False
+            self.rows["key"][at] = self.keys[seat.prompt, seat.sample]
             self.parts[seat.prompt, seat.sample] = []
 
     def fit(self) -> None:
