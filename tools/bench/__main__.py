@@ -38,6 +38,7 @@ from tools.bench.peers import PEERS, Peer, PeerError
 UNITS = (
     ("_per_second", lambda n: f"{n:,.0f} /s" if n < 1e6 else f"{n / 1e9:,.1f} G/s"),
     ("bytes", lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"),
+    ("microseconds", lambda n: f"{n:.1f} us"),
     ("seconds", lambda n: f"{n:.2f} s" if n >= 0.1 else f"{1e3 * n:.2f} ms"),
     ("fraction_of_flops", lambda n: f"{n:.1%}"),
     ("fraction_of_bytes", lambda n: f"{n:.1%}"),
