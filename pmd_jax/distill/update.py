@@ -326,7 +326,8 @@ def make_train_step(
         new = new._replace(step=state.step + 1, teacher=teacher)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         known = _whole_batch(reports.per_token)._replace(student=old)
-        means = jax.tree.map(jnp.mean, reports._replace(per_token=None, finite=None))
+        nothing = jnp.float32(0)
+        means = jax.tree.map(jnp.mean, reports._replace(per_token=known, finite=nothing))
         return new, means._replace(
             finite=finite,
             logprob_gap=_Means.of(batch, known).gap / jnp.maximum(response_mask(batch).sum(), 1),
