@@ -80,7 +80,9 @@ class RunConfig:
         if not self.name or "/" in self.name:
             raise ValueError(f"name: must be a folder's name without '/'; got {self.name!r}")
         sources, group = self.teacher.sources, self.rollout.rollouts_per_problem
-        if not sources:
+        if self.distill.objective == "grpo":
+            self._check_grpo()
+        elif not sources:
             raise ValueError(
                 "teacher.sources: must name at least one, or no rollout would ever carry loss; "
                 "got none"
@@ -101,9 +103,33 @@ class RunConfig:
                 f"distill.micro_batch: must divide rollout.problems_per_step, {problems}; "
                 f"got {micro}"
             )
-        sampled, distilled = self.rollout.temperature, self.distill.divergence.temperature
+        sampled, distilled = self.rollout.temperature, self.distill.token_loss.temperature
         if sampled != distilled:
             raise ValueError(
                 f"distill.divergence.temperature: must equal rollout.temperature, {sampled}, so "
                 f"that the distribution distilled is the one sampled; got {distilled}"
+            )
+
+    def _check_grpo(self) -> None:
+        group, problems = self.rollout.rollouts_per_problem, self.rollout.problems_per_step
+        updates, micro = self.distill.grpo.updates, self.distill.micro_batch
+        if self.teacher.sources:
+            raise ValueError(
+                "teacher.sources: must be empty with distill.objective = 'grpo', which has no "
+                f"teacher (--config.teacher.sources=); got {self.teacher.sources}"
+            )
+        if self.rollout.temperature != self.distill.grpo.temperature:
+            raise ValueError(
+                "rollout.temperature: must be 1 for GRPO, whose ratios are of the policy itself; "
+                f"got {self.rollout.temperature}"
+            )
+        if group == 1:
+            raise ValueError(
+                "rollout.rollouts_per_problem: must be at least 2 for GRPO, whose advantage is a "
+                "reward beside those of its group; got 1"
+            )
+        if problems % (updates * (micro or 1)):
+            raise ValueError(
+                "distill.grpo.updates: times distill.micro_batch must divide "
+                f"rollout.problems_per_step, {problems}; got {updates} times {micro or 1}"
             )

@@ -33,6 +33,7 @@ from pmd_jax.distill.batch import (
     padding_fraction,
     place,
 )
+from pmd_jax.distill.grpo import advantages
 from pmd_jax.distill.objectives import check_micro_batch, response_mask
 from pmd_jax.distill.update import (
     StepReport,
@@ -162,7 +163,9 @@ class Trainer:
                 policy.mesh,
                 attention=config.model.attention,
             )
-        optimizer = make_optimizer(config.optimizer, policy.config)
+        self.grpo = config.distill.grpo if config.distill.objective == "grpo" else None
+        self.updates = self.grpo.updates if self.grpo else 1
+        optimizer = make_optimizer(config.optimizer, policy.config, self.updates)
         ema = config.distill.teacher == "ema"
         self.abstract_state = abstract_state(policy.config, optimizer, policy.mesh, ema)
         self.state: TrainState = init_state(
@@ -213,8 +216,10 @@ class Trainer:
         batch, report, padding = self.distill(step, groups, prompts, progress)
         metrics["padding_fraction"] = padding
         losses = rollout_losses(report, batch)[: len(groups)]
-        metrics |= self.account(batch, report, prompts) | teacher_gain(batch, report, groups)
-        samples = self.samples(groups, prompts, losses)
+        metrics |= self.account(batch, report, prompts)
+        if not self.grpo:
+            metrics |= teacher_gain(batch, report, groups)
+        samples = self.samples(groups, prompts, losses, batch)
         metrics["seconds/sync"] = self.policy.stats.sync_seconds - synced
         metrics["seconds/compile"] = self.compilations.seconds - compiled
         busy = self.busy_seconds() - busy
@@ -338,13 +343,14 @@ class Trainer:
                     [encode(prompt.messages) for prompt in teacher],
                     [prompt.has_guidance for prompt in teacher],
                     group.rollouts,
+                    self.advantages(group),
                 )
                 for group, teacher in zip(groups, prompts, strict=True)
             ]
             batches, rows = build_batches(
                 taught,
                 config.length_buckets,
-                multiple_of=math.lcm(config.micro_batch or 1, batch_shards(mesh)),
+                multiple_of=self.updates * math.lcm(config.micro_batch or 1, batch_shards(mesh)),
                 bucket_tokens=config.bucket_tokens,
             )
             self.policy.release()
@@ -361,6 +367,12 @@ class Trainer:
         if not report.finite:
             raise NotFinite(self._explain(step, batch, report))
         return batch, report, padding
+
+    def advantages(self, group: Group) -> list[float]:
+        """Of each rollout of a group, for GRPO; none otherwise."""
+        if not self.grpo:
+            return []
+        return advantages([verdict.reward for verdict in group.verdicts], self.grpo)
 
     def _explain(self, step: int, batch: DistillBatch, report: StepReport) -> str:
         file = self.folder / f"not_finite_step_{step}.npz"
@@ -381,12 +393,13 @@ class Trainer:
     ) -> dict[str, Any]:
         teachers = [prompt for group in prompts for prompt in group]
         guided = [prompt for prompt in teachers if prompt.has_guidance]
+        num_with_loss = int((batch.advantage != 0).sum()) if self.grpo else len(guided)
         shown = [prompt.section_tokens.keys() for prompt in guided]
         with_insight = sum(bool(names & {"strategies", "lessons"}) for names in shown)
         with_behavior = sum("behaviors" in names for names in shown)
         self.totals.update(
             rollouts=len(teachers),
-            rollouts_with_loss=len(guided),
+            rollouts_with_loss=num_with_loss,
             with_insight=with_insight,
             with_behavior=with_behavior,
             trained_tokens=int(batch.response_length.sum()),
@@ -400,7 +413,7 @@ class Trainer:
             "learning_rate": float(report.learning_rate),
             "entropy": float(report.entropy),
             "logprob_gap": float(report.logprob_gap),
-            "loss_fraction": len(guided) / size,
+            "loss_fraction": num_with_loss / size,
             "teacher/with_insight": with_insight / size,
             "teacher/with_behavior": with_behavior / size,
             "teacher/prompt_tokens": float(read.mean()),
@@ -413,9 +426,11 @@ class Trainer:
         groups: Sequence[Group],
         prompts: Sequence[Sequence[TeacherPrompt]],
         losses: np.ndarray,
+        batch: DistillBatch,
     ) -> list[dict[str, Any]]:
         """One row per rollout, up to `samples_per_step` of them."""
         rows = []
+        has_loss = batch.advantage != 0 if self.grpo else batch.has_guidance
         render = self.policy.tokenizer.render_chat
         for i, (group, teachers) in enumerate(zip(groups, prompts, strict=True)):
             student_prompt = render(self.task.student_messages(group.problem))
@@ -442,7 +457,8 @@ class Trainer:
                         "cited": list(teacher.cited),
                         "section_tokens": dict(teacher.section_tokens),
                         "cut_tokens": dict(teacher.cut_tokens),
-                        "loss_nats": float(losses[i, j]) if teacher.has_guidance else None,
+                        "advantage": float(batch.advantage[i, j]) if self.grpo else None,
+                        "loss_nats": float(losses[i, j]) if has_loss[i, j] else None,
                     }
                 )
         return rows[: self.config.samples_per_step]

@@ -10,12 +10,13 @@ from toys import eight_devices
 
 from pmd_jax.distill.divergence import (
     DivergenceConfig,
+    Facts,
     forward_kl,
     jensen_shannon,
     on_student_top_k,
     reverse_kl,
     token_divergence,
-    weighted_divergence,
+    weighted_loss,
 )
 from pmd_jax.policy.model import logits
 from pmd_jax.policy.sharding import named
@@ -73,6 +74,11 @@ def arguments(rows=ROWS):
     return head, student, teacher_head, teacher, tokens, weights
 
 
+def chunked_loss(config, chunk, shards, head, student, teacher_head, teacher, tokens, weights):
+    facts = Facts(tokens, weights)
+    return weighted_loss(config, chunk, shards, head, student, teacher_head, teacher, facts)
+
+
 def plain(config, head, student, teacher_head, teacher, tokens, weights):
     student, teacher = (
         jax.nn.log_softmax(logits(h, x) / config.temperature)
@@ -90,7 +96,7 @@ def test_chunked_equals_unchunked_in_value_and_gradient(name, top_k, tail, chunk
 
     def chunked(head, student):
         # The factor 3 asks the backward pass to scale.
-        total, _ = weighted_divergence(config, chunk, shards, head, student, *inputs[2:])
+        total, _ = chunked_loss(config, chunk, shards, head, student, *inputs[2:])
         return 3 * total
 
     def whole(head, student):
@@ -105,7 +111,7 @@ def test_chunked_equals_unchunked_in_value_and_gradient(name, top_k, tail, chunk
 def test_what_is_known_per_token():
     head, student, teacher_head, teacher, tokens, weights = inputs = arguments(rows=2)
     config = DivergenceConfig()
-    _, known = weighted_divergence(config, 4, 1, *inputs)
+    _, known = chunked_loss(config, 4, 1, *inputs)
     log_p = jax.nn.log_softmax(logits(head, student))
     log_q = jax.nn.log_softmax(logits(teacher_head, teacher))
     expected = (
@@ -116,7 +122,7 @@ def test_what_is_known_per_token():
     )
     for got, wanted in zip(known, expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    total, _ = weighted_divergence(config, 4, 1, *inputs)
+    total, _ = chunked_loss(config, 4, 1, *inputs)
     np.testing.assert_allclose(total, jnp.sum(known.divergence * weights), rtol=1e-5)
 
 
@@ -125,9 +131,7 @@ def test_eight_devices_give_the_loss_of_one_and_send_no_logits(top_k):
     """Half of the vocabulary on each part of `tensor`: 48 of 96 logits, which stay there."""
     inputs = arguments()
     mesh, config = eight_devices(), DivergenceConfig(top_k=top_k)
-    step = jax.jit(
-        jax.value_and_grad(lambda *a: weighted_divergence(config, 4, 4, *a)[0], argnums=(0, 1))
-    )
+    step = jax.jit(jax.value_and_grad(lambda *a: chunked_loss(config, 4, 4, *a)[0], argnums=(0, 1)))
     one = jax.value_and_grad(lambda *a: plain(config, *a), argnums=(0, 1))(*inputs)
     with jax.set_mesh(mesh):
         heads = named(mesh, "vocab", None)
@@ -148,9 +152,7 @@ def test_no_array_of_all_logits_is_made():
     rest = shape((4, 512), jnp.int32), shape((4, 512), jnp.float32)
     step = jax.jit(
         jax.grad(
-            lambda h, s, th, t, i, w: weighted_divergence(
-                DivergenceConfig(), 8, 1, h, s, th, t, i, w
-            )[0],
+            lambda h, s, th, t, i, w: chunked_loss(DivergenceConfig(), 8, 1, h, s, th, t, i, w)[0],
             argnums=(0, 1),
         )
     )

@@ -126,6 +126,25 @@ def test_every_step_runs_and_every_level_of_memory_reaches_a_loss(model, tmp_pat
     }
 
 
+def test_grpo_learns_from_rewards_and_writes_no_memory_but_attempts(model, tmp_path):
+    """Every other rollout is right: advantages are a half, up or down."""
+    folder = run(
+        model,
+        tmp_path,
+        steps=2,
+        distill=DistillConfig(objective="grpo", bucket_tokens=512),
+        teacher=TeacherConfig(sources=(), max_prompt_tokens=3000),
+    )
+    for row in lines(folder):
+        assert row["loss_fraction"] == 1 and row["grad_norm"] > 0
+        assert row["memory/experiences"] > 0 and row["memory/insights"] == 0
+        assert row["teacher/with_insight"] == 0
+        assert "teacher/gain_correct" not in row
+    for sample in lines(folder, "samples.jsonl"):
+        assert sample["advantage"] == (0.5 if sample["correct"] else -0.5)
+        assert not sample["has_guidance"] and sample["loss_nats"] is not None
+
+
 @pytest.mark.slow
 def test_length_buckets_change_no_number_that_is_logged(model, tmp_path):
     """Problems and attempts stay in their order, whichever batch computed them."""
@@ -355,6 +374,11 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(model, tmp_path):
         ({"distill.micro_batch": 3}, "must be a multiple of the 8 parts"),
         ({"rollout.problems_per_step": 9}, "must be at most the 8 training problems; got 9"),
         ({"rollout.temperature": 0.5}, "must equal rollout.temperature, 0.5"),
+        ({"distill.objective": "grpo"}, "teacher.sources: must be empty with distill.objective"),
+        (
+            {"distill.objective": "grpo", "teacher.sources": (), "distill.grpo.updates": 2},
+            "distill.grpo.updates: .* must divide rollout.problems_per_step, 3; got 2 times 1",
+        ),
         ({"model.path": "no/such/./folder"}, "no/such"),
         ({"mesh.tensor": 3}, "data x fsdp x tensor must equal the number of devices, 8"),
         ({"name": "a/b"}, "name: must be a folder's name without '/'; got 'a/b'"),

@@ -33,12 +33,14 @@ class DistillGroup:
     """One problem of a batch: its prompts as tokens, and its rollouts.
 
     teacher_prompts: one per rollout; what is equal is computed once. has_guidance: one per rollout.
+    advantages: one per rollout, for policy gradients; none for a distillation.
     """
 
     student_prompt: Tokens
     teacher_prompts: Sequence[Tokens]
     has_guidance: Sequence[bool]
     rollouts: Sequence[Rollout]
+    advantages: Sequence[float] = ()
 
 
 class DistillBatch(NamedTuple):
@@ -59,6 +61,7 @@ class DistillBatch(NamedTuple):
     response_length: Int[Any, "N G"]
     sampled_logprobs: Float[Any, "N G T"]
     has_guidance: Bool[Any, "N G"]
+    advantage: Float[Any, "N G"]
 
 
 class _Teachers(NamedTuple):
@@ -133,6 +136,7 @@ def build_batch(
         response_length=np.zeros((n, num_rollouts), np.int32),
         sampled_logprobs=np.zeros((n, num_rollouts, t), np.float32),
         has_guidance=np.zeros((n, num_rollouts), bool),
+        advantage=np.zeros((n, num_rollouts), np.float32),
     )
     for i, (group, (prompts, prompt_of, suffixes)) in enumerate(zip(groups, teachers, strict=True)):
         batch.student_length[i, 0] = len(group.student_prompt)
@@ -142,6 +146,7 @@ def build_batch(
             batch.teacher_prompt[i, s, : len(prompt)] = prompt
         batch.prompt_of[i] = prompt_of
         batch.has_guidance[i] = group.has_guidance
+        batch.advantage[i] = group.advantages or 0
         for g, (rollout, suffix) in enumerate(zip(group.rollouts, suffixes, strict=True)):
             batch.suffix_length[i, g] = len(suffix)
             batch.suffix[i, g, : len(suffix)] = suffix

@@ -1,9 +1,10 @@
 """Divergences between student and teacher, and their gradients without [B, T, V] logits.
 
 The small functions take float32 log-probabilities, the student's first, and return nats per token.
-`weighted_divergence` is the training loss: it walks over chunks of time, computes value and
-gradients of a chunk in one pass, and keeps neither logits nor their gradients. Its backward pass
-only scales what the forward pass found. Gradients flow into the student alone.
+`weighted_loss` is the training loss: it walks over chunks of time, computes value and gradients of
+a chunk in one pass, and keeps neither logits nor their gradients. Its backward pass only scales
+what the forward pass found. Gradients flow into the student alone. What it sums is a divergence, or
+anything else that a TokenLoss makes of the logits of a token (grpo.py).
 
 Numbers of this shape of loss: at 8,192 tokens and V = 151,936, 1.2 GiB of temporaries against
 14.5 GiB for the plain form, at the same 8 N D V matrix operations.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,8 @@ class DivergenceConfig:
     temperature: of both distributions, as the rollouts were sampled.
     """
 
+    reads_teacher: ClassVar[bool] = True
+
     name: DivergenceName = "reverse_kl"
     top_k: int = 0
     tail: bool = True
@@ -102,6 +105,9 @@ class DivergenceConfig:
         if self.temperature <= 0:
             raise ValueError(f"temperature: must be above 0; got {self.temperature}")
 
+    def of_tokens(self, student: LogProbs, teacher: LogProbs, facts: Facts) -> Array:
+        return token_divergence(self, student, teacher)
+
 
 def token_divergence(
     config: DivergenceConfig, student: LogProbs, teacher: LogProbs
@@ -111,16 +117,53 @@ def token_divergence(
     return DIVERGENCES[config.name](student, teacher)
 
 
+class Facts(NamedTuple):
+    """What is known of each response token before the loss.
+
+    token: its id. weight: what its loss counts. Only policy gradients read the others: the
+    advantage of its rollout, its log-probability under the policy before the first update of the
+    step (`old`; None: the policy's own, as in the first update), and under the sampler.
+    """
+
+    token: Int[Array, "*batch"]
+    weight: Float[Array, "*batch"]
+    advantage: Float[Array, "*batch"] | None = None
+    old: Float[Array, "*batch"] | None = None
+    sampled: Float[Array, "*batch"] | None = None
+
+
+@runtime_checkable
+class TokenLoss(Protocol):
+    """What a token costs, in nats, by the log-probabilities of both sides at `temperature`.
+
+    reads_teacher: where it is False, the teacher's logits are never computed.
+    """
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def reads_teacher(self) -> bool: ...
+
+    def of_tokens(self, student: LogProbs, teacher: LogProbs, facts: Facts) -> Array: ...
+
+
 class PerToken(NamedTuple):
     """What the loss knows of each response token [B, T], in nats; never differentiated.
 
-    student and teacher: log-probability of the sampled token at temperature 1.
+    divergence: what the loss weighs and sums. student and teacher: log-probability of the sampled
+    token at temperature 1.
     """
 
     divergence: Float[Array, "B T"]
     student: Float[Array, "B T"]
     teacher: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
+
+
+def of_token(values: Float[Array, "*batch V"], token: Int[Array, "*batch"]) -> Array:
+    """The value of each token's own id."""
+    return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
 
 
 def _cut(x: Array, shards: int, chunk: int) -> Array:
@@ -137,24 +180,23 @@ def _join(x: Array, rows: int, chunk: int) -> Array:
     return jnp.moveaxis(x, 0, 2).reshape(rows, chunks * chunk, *x.shape[4:])
 
 
-def _chunk_value(config: DivergenceConfig, student_logits, teacher_logits, tokens, weights):
+def _chunk_value(config: TokenLoss, student_logits, teacher_logits, facts: Facts):
     """Weighted sum [F] over one chunk, and what is known per token."""
     log_p = jax.nn.log_softmax(student_logits / config.temperature)
     log_q = jax.nn.log_softmax(teacher_logits / config.temperature)
-    divergence = token_divergence(config, log_p, log_q)
+    divergence = config.of_tokens(log_p, log_q, facts)
 
     def of_sampled(logits: Array) -> Array:
-        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return of_token(logits, facts.token) - jax.nn.logsumexp(logits, axis=-1)
 
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     known = (divergence, of_sampled(student_logits), of_sampled(teacher_logits), entropy)
-    return jnp.sum(divergence * weights, axis=-1), lax.stop_gradient(PerToken(*known))
+    return jnp.sum(divergence * facts.weight, axis=-1), lax.stop_gradient(PerToken(*known))
 
 
 def _scan(config, chunk, shards, arguments, gradients: bool):
     """One pass over the chunks: the sum, what is known per token and, if asked, the gradients."""
-    head, student, teacher_head, teacher, tokens, weights = arguments
+    head, student, teacher_head, teacher, facts = arguments
     rows = student.shape[0]
     head = constrain(head.astype(student.dtype), "vocab", None)
     teacher_head = constrain(teacher_head.astype(teacher.dtype), "vocab", None)
@@ -162,14 +204,14 @@ def _scan(config, chunk, shards, arguments, gradients: bool):
 
     def body(carry, xs):
         total, d_head = carry
-        h_student, h_teacher, ids, weight = xs
-        teacher_logits = logits(teacher_head, h_teacher)
+        h_student, h_teacher, of_chunk = xs
+        student_logits = logits(head, h_student)
+        teacher_logits = logits(teacher_head, h_teacher) if config.reads_teacher else student_logits
 
         def value(student_logits):
-            each, known = _chunk_value(config, student_logits, teacher_logits, ids, weight)
+            each, known = _chunk_value(config, student_logits, teacher_logits, of_chunk)
             return jnp.sum(each), known
 
-        student_logits = logits(head, h_student)
         if not gradients:
             more, known = value(student_logits)
             return (total + more, d_head), (known, ())
@@ -179,7 +221,7 @@ def _scan(config, chunk, shards, arguments, gradients: bool):
         d_student = jnp.einsum("fnv,vd->fnd", d_logits, head, **f32).astype(student.dtype)
         return (total + more, d_head), (known, d_student)
 
-    xs = [_cut(x, shards, chunk) for x in (student, teacher, tokens, weights)]
+    xs = jax.tree.map(lambda x: _cut(x, shards, chunk), (student, teacher, facts))
     d_head = jnp.zeros((shards, *head.shape) if gradients else (), jnp.float32)
     if gradients:
         d_head = constrain(d_head, "batch", "vocab", None)
@@ -191,25 +233,24 @@ def _scan(config, chunk, shards, arguments, gradients: bool):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def weighted_divergence(
-    config: DivergenceConfig,
+def weighted_loss(
+    config: TokenLoss,
     chunk: int,
     shards: int,
     head: Float[Array, "V D"],
     student: Float[Array, "B T D"],
     teacher_head: Float[Array, "V D"],
     teacher: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    facts: Facts,
 ) -> tuple[Float[Array, ""], PerToken]:
-    """Sum over tokens of weight * divergence, in nats, and what is known of each token.
+    """Sum over tokens of weight * loss, in nats, and what is known of each token.
+
+    facts: arrays [B, T]. Where config reads no teacher, the teacher known is the student.
 
     Differentiable in `head` and `student` only; the teacher is fixed and PerToken carries no
     gradient. chunk: time steps at once, dividing T. shards: parts of the batch axis, dividing B.
     """
-    return _scan(
-        config, chunk, shards, (head, student, teacher_head, teacher, tokens, weights), False
-    )
+    return _scan(config, chunk, shards, (head, student, teacher_head, teacher, facts), False)
 
 
 def _forward(config, chunk, shards, *arguments):
@@ -221,7 +262,7 @@ def _backward(config, chunk, shards, residuals, cotangents):
     d_head, d_student = residuals
     scale = cotangents[0]
     d_student = (d_student * scale).astype(d_student.dtype)
-    return (d_head * scale).astype(d_head.dtype), d_student, None, None, None, None
+    return (d_head * scale).astype(d_head.dtype), d_student, None, None, None
 
 
-weighted_divergence.defvjp(_forward, _backward)
+weighted_loss.defvjp(_forward, _backward)

@@ -1,7 +1,8 @@
 """What is minimised: a batch and two sets of weights -> one loss in nats, and its statistics.
 
 The loss of PMD is the divergence between student and self-teacher on the student's own tokens
-(method: reverse KL, the teacher under stop-gradient). Normalisation is global: the weights of all
+(method: reverse KL, the teacher under stop-gradient); that of GRPO a clipped surrogate of the
+rewards (grpo.py), on the same tokens. Normalisation is global: the weights of all
 tokens of the step are known before the batch is cut, so the result does not depend on
 micro-batches or devices.
 
@@ -18,14 +19,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pmd_jax.distill.batch import DistillBatch
-from pmd_jax.distill.divergence import DivergenceConfig, PerToken, weighted_divergence
+from pmd_jax.distill.divergence import (
+    DivergenceConfig,
+    Facts,
+    PerToken,
+    TokenLoss,
+    weighted_loss,
+)
+from pmd_jax.distill.grpo import GrpoConfig
 from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.model import Params, Remat, dual_hidden, head_of
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """How the teacher is distilled.
+    """What is minimised: "divergence" distils the teacher, "grpo" learns from rewards alone.
 
     teacher: "current" shares the student's weights, "ema" keeps its own average, moved by
     ema_rate towards the student once per step. normalisation: "token_mean" divides by all tokens
@@ -34,9 +42,12 @@ class DistillConfig:
     all. chunk_tokens: tokens whose logits exist at once. bucket_tokens: prompt lengths are rounded
     up to multiples of it. length_buckets: batches that the groups of a step are sorted into by
     size, each padded to its own; their gradients are summed. remat: what the backward pass
-    recomputes.
+    recomputes. With "grpo" the teacher is the anchor of its KL, and what else stands here holds for
+    it too.
     """
 
+    objective: Literal["divergence", "grpo"] = "divergence"
+    grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
     divergence: DivergenceConfig = dataclasses.field(default_factory=DivergenceConfig)
     teacher: Literal["current", "ema"] = "current"
     ema_rate: float = 0.05
@@ -55,6 +66,25 @@ class DistillConfig:
         for name in ("chunk_tokens", "bucket_tokens", "length_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1; got {getattr(self, name)}")
+        if self.objective == "grpo":
+            self._check_grpo()
+
+    def _check_grpo(self) -> None:
+        if self.grpo.kl_weight and self.teacher != "ema":
+            raise ValueError(
+                'grpo.kl_weight: needs teacher = "ema" for an anchor, with ema_rate 0 for the '
+                f"policy that the run began with; got {self.grpo.kl_weight} and "
+                f"teacher = {self.teacher!r}"
+            )
+        if self.grpo.updates > 1 and self.length_buckets > 1:
+            raise ValueError(
+                "grpo.updates: must be 1 where length_buckets is above 1; got "
+                f"{self.grpo.updates} and {self.length_buckets}"
+            )
+
+    @property
+    def token_loss(self) -> TokenLoss:
+        return self.grpo if self.objective == "grpo" else self.divergence
 
 
 def check_micro_batch(config: DistillConfig, shards: int) -> None:
@@ -76,11 +106,11 @@ def token_weights(
 ) -> tuple[Float[Array, "N G T"], Float[Array, ""]]:
     """What each token's divergence counts, and what the sum over a step is divided by.
 
-    A rollout without guidance counts nothing. token_mean: 1, and tokens that count.
-    sequence_mean: 1 / tokens of the rollout, and all rollouts.
+    A rollout without guidance counts nothing; for GRPO all count. token_mean: 1, and tokens that
+    count. sequence_mean: 1 / tokens of the rollout, and all rollouts.
     """
     mask = response_mask(batch)
-    counted = mask * batch.has_guidance[..., None]
+    counted = mask if config.objective == "grpo" else mask * batch.has_guidance[..., None]
     if config.normalisation == "token_mean":
         return counted, counted.sum()
     rollouts = jnp.sum(batch.response_length > 0, dtype=jnp.float32)
@@ -112,11 +142,14 @@ def distill_loss(
     model: ModelConfig,
     dtype: jnp.dtype,
     shards: int,
+    old: Float[Array, "N G T"] | None = None,
 ) -> tuple[Float[Array, ""], PerToken]:
-    """Sum of weight * divergence(student, teacher), and PerToken of shape [N, G, T].
+    """Sum of weight * loss of each token, and PerToken of shape [N, G, T].
 
-    teacher None distils from the current weights. Differentiable in `params` only.
+    teacher None distils from the current weights. old: log-probabilities before the first update of
+    the step, for GRPO with several. Differentiable in `params` only.
     """
+    token_loss = config.token_loss
     student_hidden, teacher_hidden = dual_hidden(
         params,
         teacher,
@@ -137,15 +170,18 @@ def distill_loss(
     def flat(x: Array) -> Array:
         return x.reshape(rows, *x.shape[2:])
 
-    total, known = weighted_divergence(
-        config.divergence,
+    facts = Facts(batch.response, weights)
+    if config.objective == "grpo":
+        advantage = jnp.broadcast_to(batch.advantage[..., None], weights.shape)
+        facts = facts._replace(advantage=advantage, old=old, sampled=batch.sampled_logprobs)
+    total, known = weighted_loss(
+        token_loss,
         chunk_length(batch, config.chunk_tokens),
         shards,
         head_of(params),
         flat(student_hidden),
         jax.lax.stop_gradient(head_of(params if teacher is None else teacher)),
         flat(teacher_hidden),
-        flat(batch.response),
-        flat(weights),
+        jax.tree.map(flat, facts),
     )
     return total, PerToken(*(x.reshape(batch.response.shape) for x in known))

@@ -2,9 +2,10 @@
 
 Micro-batches run in a scan with summed gradients; weights are normalised over the whole step
 before. Batches of several sizes (length buckets) add to the same sums, a program for each size; one
-more program divides the sums and updates. A loss or gradient that is not finite leaves the state as
-it was and says so, so that the last good weights survive. The EMA teacher moves once per step, in
-float32: T <- T + rate (S - T).
+more program divides the sums and updates. GRPO may update several times in a step, each time on its
+own part of the groups; the step and the learning rate count rollout batches, not updates. A loss or
+gradient that is not finite leaves the state as it was and says so, so that the last good weights
+survive. The EMA teacher moves once per step, in float32: T <- T + rate (S - T).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pmd_jax.distill.batch import DistillBatch
 from pmd_jax.distill.divergence import PerToken
+from pmd_jax.distill.grpo import GrpoConfig
 from pmd_jax.distill.objectives import (
     DistillConfig,
     distill_loss,
@@ -92,12 +94,15 @@ def learning_rate(config: OptimizerConfig, step: Any) -> Array:
     return config.learning_rate * jnp.minimum(1.0, warm)
 
 
-def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, model: ModelConfig, updates: int = 1
+) -> optax.GradientTransformation:
+    """updates: those of one step."""
     decayed = tree_of({w.path: w.stacked and len(w.shape) > 1 for w in weight_table(model)})
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
-            lambda step: learning_rate(config, step),
+            lambda count: learning_rate(config, count // updates),
             config.beta1,
             config.beta2,
             weight_decay=config.weight_decay,
@@ -173,25 +178,27 @@ def loss_and_gradients(
     shards: int,
     weights: Float[Array, "N G T"] | None = None,
     start: tuple[Array, Params] | None = None,
+    old: Float[Array, "N G T"] | None = None,
 ) -> tuple[Array, PerToken, Params]:
     """The loss of the whole batch, computed in micro-batches of `config.micro_batch` groups.
 
     weights: those of a batch that is a whole step, if None. start: a loss and gradients to add to.
+    old: as `distill_loss`.
     """
     if weights is None:
         weights = loss_weights(batch, config)
     groups = batch.response.shape[0]
     count = groups // config.micro_batch if config.micro_batch else 1
 
-    def one(batch: DistillBatch, weights: Array):
+    def one(batch: DistillBatch, weights: Array, old: Array | None):
         def loss(params: Params):
-            return distill_loss(params, teacher, batch, weights, config, model, dtype, shards)
+            return distill_loss(params, teacher, batch, weights, config, model, dtype, shards, old)
 
         (value, known), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return value, known, gradients
 
     if count <= 1:
-        value, known, gradients = one(batch, weights)
+        value, known, gradients = one(batch, weights, old)
         if start is not None:
             value, gradients = jax.tree.map(jnp.add, start, (value, gradients))
         return value, known, gradients
@@ -202,9 +209,30 @@ def loss_and_gradients(
 
     if start is None:
         start = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    xs = (_micro_batches(batch, count), _micro_batches(weights, count))
+    xs = _micro_batches((batch, weights, old), count)
     (value, gradients), known = lax.scan(body, start, xs)
     return value, _whole_batch(known), gradients
+
+
+def log_probabilities(
+    params: Params,
+    batch: DistillBatch,
+    config: DistillConfig,
+    model: ModelConfig,
+    dtype: Any,
+    shards: int,
+) -> Float[Array, "N G T"]:
+    """Of the response tokens, by a forward pass in micro-batches."""
+    config = dataclasses.replace(config, objective="grpo", grpo=GrpoConfig(), teacher="current")
+
+    def one(batch: DistillBatch) -> Array:
+        nothing = jnp.zeros(batch.response.shape)
+        _, known = distill_loss(params, None, batch, nothing, config, model, dtype, shards)
+        return known.student
+
+    groups = batch.response.shape[0]
+    count = groups // config.micro_batch if config.micro_batch else 1
+    return _whole_batch(lax.map(one, _micro_batches(batch, count)))
 
 
 class _Means(NamedTuple):
@@ -242,7 +270,8 @@ def make_train_step(
     The state is donated: use the one that comes back. Of several batches, which are one step
     together, per_token comes joined and padded, as numpy.
     """
-    optimizer = make_optimizer(optimizer_config, model)
+    updates = config.grpo.updates if config.objective == "grpo" else 1
+    optimizer = make_optimizer(optimizer_config, model, updates)
     ema, shards = config.teacher == "ema", batch_shards(mesh)
 
     def update(
@@ -274,6 +303,38 @@ def make_train_step(
         )
         return update(state, loss, gradients, _Means.of(batch, known), known)
 
+    def several(state: TrainState, batch: DistillBatch) -> tuple[TrainState, StepReport]:
+        """Updates on parts of the batch in turn; the report is of the rollouts as they were made.
+
+        Where one part is not finite, no update of the step is kept. The teacher moves at the end.
+        """
+        old = log_probabilities(state.params, batch, config, model, dtype, shards)
+
+        def part(now: TrainState, xs: Any) -> tuple[TrainState, StepReport]:
+            batch, old = xs
+            loss, known, gradients = loss_and_gradients(
+                now.params, state.teacher, batch, config, model, dtype, shards, old=old
+            )
+            new, report = update(now, loss, gradients, _Means.of(batch, known), known)
+            return new._replace(step=state.step, teacher=state.teacher), report
+
+        new, reports = lax.scan(part, state, _micro_batches((batch, old), updates))
+        finite = jnp.all(reports.finite)
+        teacher = None
+        if ema:
+            teacher = optax.incremental_update(new.params, state.teacher, config.ema_rate)
+        new = new._replace(step=state.step + 1, teacher=teacher)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        known = _whole_batch(reports.per_token)._replace(student=old)
+        nothing = jnp.float32(0)
+        means = jax.tree.map(jnp.mean, reports._replace(per_token=known, finite=nothing))
+        return new, means._replace(
+            finite=finite,
+            logprob_gap=_Means.of(batch, known).gap / jnp.maximum(response_mask(batch).sum(), 1),
+            learning_rate=reports.learning_rate[0],
+            per_token=known,
+        )
+
     def zero(params: Params) -> _Sums:
         nothing = jnp.float32(0)
         gradients = jax.tree.map(jnp.zeros_like, params)
@@ -300,7 +361,9 @@ def make_train_step(
         NamedSharding(mesh, P()),
     )
     summed: Any = _Sums(*[everywhere] * 4)._replace(gradients=held.params)  # type: ignore[arg-type]
-    jitted = jax.jit(whole, donate_argnums=0, out_shardings=(held, everywhere))
+    jitted = jax.jit(
+        several if updates > 1 else whole, donate_argnums=0, out_shardings=(held, everywhere)
+    )
     start = jax.jit(zero, out_shardings=summed)
     adding = jax.jit(add, donate_argnums=0, out_shardings=(summed, everywhere))
     finishing = jax.jit(finish, donate_argnums=0, out_shardings=(held, everywhere))
