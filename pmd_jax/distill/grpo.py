@@ -9,7 +9,7 @@ sampler and trainer cut at 2, no KL, no entropy bonus.
 A KL to an anchor is that of `distill.teacher = "ema"`: its average of the policy, or, with
 `ema_rate = 0`, the policy that the run began with. It reads the student's own prompt.
 
-Axes: N groups, G rollouts, T tokens, V vocabulary.
+Axes: V vocabulary; everything else is a token, whatever the batch around it.
 """
 
 from __future__ import annotations
