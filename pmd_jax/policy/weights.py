@@ -157,7 +157,9 @@ def load_params(
     leaves = {}
     for done, weight in enumerate(order, start=1):
         stored = [found[name] for name in hf_names(weight, config)]
-        leaves[weight.path] = _load(weight, stored, config, mesh, dtype)
+        leaf = _load(weight, stored, config, mesh, dtype)
+        # A transfer still under way holds its copy on the host: a second would be beside it.
+        leaves[weight.path] = jax.block_until_ready(leaf)
         if progress is not None:
             progress(done, len(table))
     return tree_of({weight.path: leaves[weight.path] for weight in table})
