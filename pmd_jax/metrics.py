@@ -13,6 +13,7 @@ uncertainty between seeds of training, which needs several runs.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -79,6 +80,23 @@ def best_at_k(correct: Bool[np.ndarray, "N K"]) -> Scores:
     """best@k: 1 where any of the K samples is correct. Equals `pass_at_k` with k = K."""
     _check_samples(correct)
     return np.asarray(correct.any(axis=1), dtype=np.float64)
+
+
+CONCEPTS = re.compile(r"\b(strateg|lesson|behavio)", re.IGNORECASE)
+
+
+def concept_frequency(texts: Sequence[str], num_tokens: int) -> dict[str, float]:
+    """How often the words of memory (strategy, lesson, behavior) stand in what a policy wrote.
+
+    share: of the texts with one at least. per_1000_tokens: occurrences; num_tokens is of all texts.
+    The paper finds them in memory-free rollouts as training goes on; ordinary language has some
+    too, so read them beside step 0.
+    """
+    counts = [len(CONCEPTS.findall(text)) for text in texts]
+    return {
+        "concepts/share": sum(count > 0 for count in counts) / max(len(texts), 1),
+        "concepts/per_1000_tokens": 1000 * sum(counts) / max(num_tokens, 1),
+    }
 
 
 def bootstrap_interval(

@@ -41,6 +41,7 @@ from pmd_jax.distill.update import (
     abstract_state,
     init_state,
     make_optimizer,
+    make_probe,
     make_train_step,
     rollout_losses,
 )
@@ -51,7 +52,8 @@ from pmd_jax.memory.bank import Bank
 from pmd_jax.memory.behaviors import abstract, cluster
 from pmd_jax.memory.reflection import ReflectionConfig, reflect
 from pmd_jax.memory.retrieval import Retriever
-from pmd_jax.memory.teacher import build_teacher_prompts, check_budget
+from pmd_jax.memory.teacher import TeacherConfig, build_teacher_prompts, check_budget
+from pmd_jax.metrics import concept_frequency
 from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
@@ -165,6 +167,7 @@ class Trainer:
             )
         self.grpo = config.distill.grpo if config.distill.objective == "grpo" else None
         self.updates = self.grpo.updates if self.grpo else 1
+        self.shards = batch_shards(policy.mesh)
         optimizer = make_optimizer(config.optimizer, policy.config, self.updates)
         ema = config.distill.teacher == "ema"
         self.abstract_state = abstract_state(policy.config, optimizer, policy.mesh, ema)
@@ -175,6 +178,7 @@ class Trainer:
         self._train_step = make_train_step(
             policy.config, config.optimizer, config.distill, policy.mesh, policy.dtype
         )
+        self._probe = make_probe(policy.config, config.distill, policy.mesh, policy.dtype)
         self.totals: Counter[str] = Counter()
         self.watch, self.updating, self.compilations = Stopwatch(), Span(), Compilations()
 
@@ -213,13 +217,14 @@ class Trainer:
             metrics |= self.abstract(step, progress)
         with self.phase("teach", progress):
             prompts = self.teach(step, groups)
+        metrics |= self.probe(step, groups, prompts, progress)
         batch, report, padding = self.distill(step, groups, prompts, progress)
         metrics["padding_fraction"] = padding
         losses = rollout_losses(report, batch)[: len(groups)]
         metrics |= self.account(batch, report, prompts)
         if not self.grpo:
             metrics |= teacher_gain(batch, report, groups)
-        samples = self.samples(groups, prompts, losses, batch)
+        samples = self.samples(groups, prompts, losses, batch, report)
         metrics["seconds/sync"] = self.policy.stats.sync_seconds - synced
         metrics["seconds/compile"] = self.compilations.seconds - compiled
         busy = self.busy_seconds() - busy
@@ -275,6 +280,7 @@ class Trainer:
             "well_formed": float(np.mean([v.well_formed for v in verdicts])),
             "truncated": float(np.mean([r.stop == "length" for r in rollouts])),
             "response_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
+            **concept_frequency([r.text for r in rollouts], sum(len(r.tokens) for r in rollouts)),
             "groups/all_solved": float(np.mean([all(group) for group in solved])),
             "groups/none_solved": float(np.mean([not any(group) for group in solved])),
         }
@@ -303,11 +309,17 @@ class Trainer:
 
     def teach(self, step: int, groups: Sequence[Group]) -> list[list[TeacherPrompt]]:
         """One teacher prompt per rollout, from this step's context and the refreshed memory."""
-        config = self.config.teacher
+        prompts = self.teacher_prompts(step, groups, self.config.teacher)
+        self.bank.cite(step, [name for group in prompts for p in group for name in p.cited])
+        return prompts
+
+    def teacher_prompts(
+        self, step: int, groups: Sequence[Group], config: TeacherConfig
+    ) -> list[list[TeacherPrompt]]:
         problems = [group.problem for group in groups]
         wanted = config.top_k if "behaviors" in config.sources else 0
         retrieved = self.retriever.behaviors_for(problems, self.bank, wanted)
-        prompts = [
+        return [
             build_teacher_prompts(
                 list(zip(group.rollouts, group.verdicts, strict=True)),
                 group.problem,
@@ -320,8 +332,50 @@ class Trainer:
             )
             for group, behaviors in zip(groups, retrieved, strict=True)
         ]
-        self.bank.cite(step, [name for group in prompts for p in group for name in p.cited])
-        return prompts
+
+    def probe(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        prompts: Sequence[Sequence[TeacherPrompt]],
+        progress: Progress,
+    ) -> dict[str, float]:
+        """What the loss would be without memory, other context kept, when due.
+
+        Over the tokens of the same rollouts and before the update, so that it stands beside `loss`:
+        where it is as large, memory added nothing; where the loss falls to it, the policy holds
+        what memory said.
+        """
+        every, sources = self.config.teacher.probe_every, self.config.teacher.sources
+        if not every or step % every or not MEMORY_SOURCES & set(sources):
+            return {}
+        with self.phase("probe", progress):
+            bare = tuple(name for name in sources if name not in MEMORY_SOURCES)
+            config = dataclasses.replace(self.config.teacher, sources=bare)
+            without = self.teacher_prompts(step, groups, config)
+            taught = self.taught(groups, without)
+            multiple = math.lcm(self.config.distill.micro_batch or 1, self.shards)
+            batch = build_batch(taught, multiple, self.config.distill.bucket_tokens)
+            known = jax.device_get(self._probe(self.state, place(batch, self.policy.mesh)))
+        guided = np.array([[[prompt.has_guidance] for prompt in group] for group in prompts])
+        counted = np.asarray(response_mask(batch))[: len(groups)] * guided
+        divergence = known.divergence[: len(groups)] * counted
+        return {"loss_without_memory": float(divergence.sum() / max(counted.sum(), 1))}
+
+    def taught(
+        self, groups: Sequence[Group], prompts: Sequence[Sequence[TeacherPrompt]]
+    ) -> list[DistillGroup]:
+        encode = self.policy.tokenizer.encode_chat
+        return [
+            DistillGroup(
+                group.prompt,
+                [encode(prompt.messages) for prompt in teacher],
+                [prompt.has_guidance for prompt in teacher],
+                group.rollouts,
+                self.advantages(group),
+            )
+            for group, teacher in zip(groups, prompts, strict=True)
+        ]
 
     def distill(
         self,
@@ -336,21 +390,11 @@ class Trainer:
         """
         config, mesh = self.config.distill, self.policy.mesh
         with self.phase("distill", progress):
-            encode = self.policy.tokenizer.encode_chat
-            taught = [
-                DistillGroup(
-                    group.prompt,
-                    [encode(prompt.messages) for prompt in teacher],
-                    [prompt.has_guidance for prompt in teacher],
-                    group.rollouts,
-                    self.advantages(group),
-                )
-                for group, teacher in zip(groups, prompts, strict=True)
-            ]
+            taught = self.taught(groups, prompts)
             batches, rows = build_batches(
                 taught,
                 config.length_buckets,
-                multiple_of=self.updates * math.lcm(config.micro_batch or 1, batch_shards(mesh)),
+                multiple_of=self.updates * math.lcm(config.micro_batch or 1, self.shards),
                 bucket_tokens=config.bucket_tokens,
             )
             self.policy.release()
@@ -427,9 +471,11 @@ class Trainer:
         prompts: Sequence[Sequence[TeacherPrompt]],
         losses: np.ndarray,
         batch: DistillBatch,
+        report: StepReport,
     ) -> list[dict[str, Any]]:
         """One row per rollout, up to `samples_per_step` of them."""
-        rows = []
+        rows: list[dict[str, Any]] = []
+        nats = np.asarray(report.per_token.divergence).round(4)
         has_loss = batch.advantage != 0 if self.grpo else batch.has_guidance
         render = self.policy.tokenizer.render_chat
         for i, (group, teachers) in enumerate(zip(groups, prompts, strict=True)):
@@ -437,6 +483,8 @@ class Trainer:
             for j, (rollout, verdict) in enumerate(
                 zip(group.rollouts, group.verdicts, strict=True)
             ):
+                if len(rows) == self.config.samples_per_step:
+                    return rows
                 teacher = teachers[j]
                 rows.append(
                     {
@@ -447,6 +495,10 @@ class Trainer:
                         "answer": group.problem.check.answer,
                         "student_prompt": student_prompt,
                         "response": rollout.text,
+                        "pieces": self.policy.tokenizer.pieces(rollout.tokens),
+                        "token_nats": [
+                            round(float(x), 4) for x in nats[i, j, : len(rollout.tokens)]
+                        ],
                         "stop": rollout.stop,
                         "correct": verdict.correct,
                         "reward": verdict.reward,
@@ -461,4 +513,4 @@ class Trainer:
                         "loss_nats": float(losses[i, j]) if has_loss[i, j] else None,
                     }
                 )
-        return rows[: self.config.samples_per_step]
+        return rows

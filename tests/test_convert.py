@@ -44,6 +44,7 @@ def test_an_imported_model_is_a_model_path_on_any_mesh(folder, tmp_path):
         assert policy.tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_so_are_one_step_of_it_and_its_teacher(folder, tmp_path, capsys):
     config = config_for(folder, tmp_path / "runs", steps=2)
     config = dataclasses.replace(config, distill=DistillConfig(teacher="ema", bucket_tokens=512))

@@ -164,6 +164,7 @@ def assert_close(a, b, tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=tolerance), a, b)
 
 
+@pytest.mark.slow
 def test_two_updates_are_two_by_hand_against_the_same_old_policy():
     """The first on groups 0 and 2, the second on 1 and 3, with the ratio to the first policy."""
     batch = rewarded_batch()

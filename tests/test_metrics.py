@@ -135,3 +135,10 @@ def test_intervals_refuse_a_bad_level_and_unpaired_scores():
         metrics.bootstrap_interval(np.ones(3), num_resamples=0)
     with pytest.raises(ValueError, match="must score the same questions; got 3 and 2"):
         metrics.paired_bootstrap(np.ones(3), np.ones(2))
+
+
+def test_concepts_are_counted_by_their_stems():
+    texts = ["My strategy: lessons.", "nothing", "Behaviour and behaviors", "misbehaving"]
+    found = metrics.concept_frequency(texts, num_tokens=500)
+    assert found == {"concepts/share": 0.5, "concepts/per_1000_tokens": 8.0}
+    assert metrics.concept_frequency([], 0) == {"concepts/share": 0, "concepts/per_1000_tokens": 0}

@@ -72,6 +72,23 @@ def test_decode_never_raises(folder: Path):
     assert tokenizer.decode([]) == ""
 
 
+@pytest.mark.parametrize("text", ["two words", "naïve 🧪 test", "a<|im_end|>"])
+def test_pieces_of_tokens_join_to_the_text(folder: Path, text: str):
+    tokenizer = Tokenizer.load(folder)
+    tokens = tokenizer.encode(text)
+    pieces = tokenizer.pieces(tokens)
+    assert len(pieces) == len(tokens) and "".join(pieces) == text
+
+
+def test_a_character_cut_short_is_one_piece(folder: Path):
+    tokenizer = Tokenizer.load(folder)
+    tokens = tokenizer.encode("🧪")
+    assert len(tokens) > 1
+    assert "".join(tokenizer.pieces(tokens[:-1])).strip("\ufffd") == ""
+    assert tokenizer.pieces(tokens) == ["", "", "", "🧪"][-len(tokens) :]
+    assert tokenizer.pieces([]) == []
+
+
 def test_chat_ends_with_the_generation_prompt(folder: Path):
     tokenizer = Tokenizer.load(folder)
     rendered = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n<think></think>"
@@ -212,6 +229,12 @@ def test_sentencepiece_reads_text_and_special_tokens(sentencepiece_folder: Path)
     assert tokenizer.decode(chat) == "hello world"
     assert tokenizer.decode(chat, skip_special_tokens=False) == "<s>hello world<turn>"
     assert tokenizer.decode([*tokens, 99]) == "hello world"
+
+
+def test_sentencepiece_pieces_keep_their_spaces(sentencepiece_folder: Path):
+    tokenizer = Tokenizer.load(sentencepiece_folder)
+    tokens = tokenizer.encode("the cat")
+    assert "".join(tokenizer.pieces(tokens)).strip() == "the cat"
 
 
 def test_sentencepiece_cut_survives_normalised_spaces(sentencepiece_folder: Path):

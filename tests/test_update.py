@@ -322,6 +322,7 @@ def test_whole_prompts_and_shared_beginnings_in_one_batch_change_no_number():
     assert_known_close(known, known_alone, batch)
 
 
+@pytest.mark.slow
 def test_a_shared_beginning_on_eight_devices_equals_each_rollout_alone_on_one():
     groups = told_apart(toy_groups(num_groups=8))
     batch = build_batch(groups)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -214,25 +215,41 @@ def loss_and_gradients(
     return value, _whole_batch(known), gradients
 
 
-def log_probabilities(
+def per_token(
     params: Params,
+    teacher: Params | None,
     batch: DistillBatch,
     config: DistillConfig,
     model: ModelConfig,
     dtype: Any,
     shards: int,
-) -> Float[Array, "N G T"]:
-    """Of the response tokens, by a forward pass in micro-batches."""
-    config = dataclasses.replace(config, objective="grpo", grpo=GrpoConfig(), teacher="current")
+) -> PerToken:
+    """What a forward pass in micro-batches finds of every response token; no gradient."""
 
-    def one(batch: DistillBatch) -> Array:
+    def one(batch: DistillBatch) -> PerToken:
         nothing = jnp.zeros(batch.response.shape)
-        _, known = distill_loss(params, None, batch, nothing, config, model, dtype, shards)
-        return known.student
+        return distill_loss(params, teacher, batch, nothing, config, model, dtype, shards)[1]
 
     groups = batch.response.shape[0]
     count = groups // config.micro_batch if config.micro_batch else 1
     return _whole_batch(lax.map(one, _micro_batches(batch, count)))
+
+
+def make_probe(
+    model: ModelConfig, config: DistillConfig, mesh: Mesh, dtype: Any
+) -> Callable[[TrainState, DistillBatch], PerToken]:
+    """The jitted `per_token` under a state's weights, which stay as they are."""
+    shards, everywhere = batch_shards(mesh), NamedSharding(mesh, P())
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def known(params: Params, teacher: Params | None, batch: DistillBatch) -> PerToken:
+        return per_token(params, teacher, batch, config, model, dtype, shards)
+
+    def probe(state: TrainState, batch: DistillBatch) -> PerToken:
+        with jax.set_mesh(mesh):
+            return known(state.params, state.teacher, batch)
+
+    return probe
 
 
 class _Means(NamedTuple):
@@ -308,7 +325,8 @@ def make_train_step(
 
         Where one part is not finite, no update of the step is kept. The teacher moves at the end.
         """
-        old = log_probabilities(state.params, batch, config, model, dtype, shards)
+        first = dataclasses.replace(config, grpo=GrpoConfig(), teacher="current")
+        old = per_token(state.params, None, batch, first, model, dtype, shards).student
 
         def part(now: TrainState, xs: Any) -> tuple[TrainState, StepReport]:
             batch, old = xs

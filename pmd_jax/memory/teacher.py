@@ -54,6 +54,8 @@ class TeacherConfig:
         insights, then experience, feedback and sibling.
     *_tokens: the most a section may take; insight_tokens is for strategies and lessons together.
     feedback_only_without_sibling: SDPO's rule.
+    probe_every: steps between looks at what the loss would be if the teacher read the same without
+        memory, 0 for none. A look costs a forward pass.
     """
 
     sources: tuple[str, ...] = ("sibling", "feedback", "insights", "behaviors")
@@ -66,6 +68,7 @@ class TeacherConfig:
     behavior_tokens: int = 500
     experience_tokens: int = 4096
     feedback_only_without_sibling: bool = True
+    probe_every: int = 0
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -79,8 +82,9 @@ class TeacherConfig:
             raise ValueError(f"sources: must name each source once; got {self.sources}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{field.name}: must be at least 1; got {value}")
+            least = 0 if field.name == "probe_every" else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{field.name}: must be at least {least}; got {value}")
 
 
 def check_budget(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import shutil
@@ -36,6 +37,7 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+UTF8_BYTES = 4  # the most that a character takes
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -106,6 +108,32 @@ class Tokenizer:
         """
         known = [token for token in map(int, tokens) if 0 <= token < self.vocab_size]
         return self.backend.decode(known, skip_special_tokens)
+
+    def pieces(self, tokens: Iterable[int] | np.ndarray) -> list[str]:
+        """What each token adds to the text, special tokens spelled out; one str per token.
+
+        A character cut over several tokens stands with the last of them, "" with the others.
+        """
+        pieces: list[str] = []
+        waiting: list[int] = []
+        for token in map(int, tokens):
+            waiting.append(token)
+            # Behind a token that is plain, where a tokenizer would drop a space that leads a text.
+            text = self.decode([*self._anchor, *waiting], False)[len(self._anchor_text) :]
+            whole = not text.endswith("\ufffd") or len(waiting) == UTF8_BYTES
+            pieces.append(text if whole else "")
+            waiting = [] if whole else waiting
+        if waiting:
+            pieces[-1] = text
+        return pieces
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        return self.encode("a")[-1:]
+
+    @functools.cached_property
+    def _anchor_text(self) -> str:
+        return self.decode(self._anchor, False)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], **template_kwargs: Any) -> str:
         """The chat as the model reads it, up to where its answer begins.
