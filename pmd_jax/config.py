@@ -97,6 +97,17 @@ class RunConfig:
                 "teacher.sources: 'feedback' alone needs task.feedback = true, or the teacher is "
                 "shown nothing; got task.feedback = false"
             )
+        control, lifetime = self.teacher.control, self.memory.lifetime
+        if control == "stale" and lifetime != "run":
+            raise ValueError(
+                "teacher.control: 'stale' needs memory.lifetime = 'run', another is as old as it "
+                f"says or never changes; got {lifetime!r}"
+            )
+        if control != "none" and not {"insights", "behaviors"} & set(sources):
+            raise ValueError(
+                f"teacher.control: {control!r} needs memory to show, 'insights' or 'behaviors' in "
+                f"teacher.sources; got {sources}"
+            )
         micro, problems = self.distill.micro_batch, self.rollout.problems_per_step
         if micro and problems % micro:
             raise ValueError(

@@ -50,6 +50,7 @@ from pmd_jax.endpoint import make_endpoint, parse_writer
 from pmd_jax.memory import Generate
 from pmd_jax.memory.bank import Bank
 from pmd_jax.memory.behaviors import abstract, cluster
+from pmd_jax.memory.recall import Recall
 from pmd_jax.memory.reflection import ReflectionConfig, reflect
 from pmd_jax.memory.retrieval import Retriever
 from pmd_jax.memory.teacher import TeacherConfig, build_teacher_prompts, check_budget
@@ -154,6 +155,13 @@ class Trainer:
         )
         self.bank = Bank.open(config.memory)
         self.retriever = Retriever(make_embed(config.embedding), query_prefix(config.embedding))
+        self.recall = Recall(
+            self.problems,
+            self.retriever,
+            config.teacher.control,
+            config.teacher.stale_steps,
+            config.seed,
+        )
         self.labels = cluster(self.problems, self.retriever.vectors, config.reflection, config.seed)
         self.writer_policy = policy
         if config.reflection.writer != "policy" and not config.reflection.writer.startswith(
@@ -318,19 +326,18 @@ class Trainer:
     ) -> list[list[TeacherPrompt]]:
         problems = [group.problem for group in groups]
         wanted = config.top_k if "behaviors" in config.sources else 0
-        retrieved = self.retriever.behaviors_for(problems, self.bank, wanted)
+        recalled = self.recall(step, self.bank, problems, wanted)
         return [
             build_teacher_prompts(
                 list(zip(group.rollouts, group.verdicts, strict=True)),
                 group.problem,
-                self.bank,
-                behaviors,
+                found,
                 self.task.student_messages(group.problem),
                 self.policy.tokenizer,
                 config,
                 name_seed(self.config.seed, step, "teach", group.problem.id),
             )
-            for group, behaviors in zip(groups, retrieved, strict=True)
+            for group, found in zip(groups, recalled, strict=True)
         ]
 
     def probe(

@@ -8,6 +8,7 @@ import pytest
 from fakes import WordMeter, attempt, behavior, insight
 
 from pmd_jax.memory.bank import Bank, MemoryConfig
+from pmd_jax.memory.recall import Recalled
 from pmd_jax.memory.teacher import (
     SOURCES,
     TEMPLATE_TOKENS_PER_MESSAGE,
@@ -50,10 +51,11 @@ def remembering():
 
 
 def build(outcomes, config=SDPO, bank=None, behaviors=(), seed=0, student=STUDENT, **about):
+    bank = bank or Bank(MemoryConfig())
+    recalled = Recalled(bank.insights(PROBLEM.id), bank.experiences(PROBLEM.id), tuple(behaviors))
     return build_teacher_prompts(
-        group(outcomes, **about), PROBLEM, bank or Bank(MemoryConfig()), list(behaviors),
-        student, WordMeter(), config, seed,
-    )  # fmt: skip
+        group(outcomes, **about), PROBLEM, recalled, student, WordMeter(), config, seed
+    )
 
 
 def said(prompt):
@@ -272,12 +274,12 @@ def test_layout_system_leaves_every_turn_after_the_system_turn_as_the_student_re
     pairs = group([True, False])
     config = dataclasses.replace(SDPO, layout="system")
     _, wrong = build_teacher_prompts(
-        pairs, PROBLEM, Bank(MemoryConfig()), (), STUDENT, WordMeter(), config, seed=0
+        pairs, PROBLEM, Recalled(), STUDENT, WordMeter(), config, seed=0
     )
     system, *rest = wrong.messages
     assert tuple(rest) == STUDENT[1:]
     assert system["content"] == "Answer with a letter.\n\nCorrect solution:\n\nsolution 0"
     [_, bare] = build_teacher_prompts(
-        pairs, PROBLEM, Bank(MemoryConfig()), (), STUDENT[1:], WordMeter(), config, seed=0
+        pairs, PROBLEM, Recalled(), STUDENT[1:], WordMeter(), config, seed=0
     )
     assert bare.messages[0] == {"role": "system", "content": "Correct solution:\n\nsolution 0"}

@@ -286,8 +286,12 @@ class Bank:
         """The bank that these events describe, without any model."""
         bank = cls(config)
         for event in events:
-            bank._record(event)
+            bank.follow(event)
         return bank
+
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Do what another bank did, by its event."""
+        self._record(event)
 
     def _apply(self, event: Mapping[str, Any]) -> None:
         """Bring the state up to date with one event: the only place where the state changes."""

@@ -10,7 +10,7 @@ With `sources = ("sibling", "feedback")` the prompt is SDPO's, letter by letter 
 choice depends on batch layout and response length; and sections are cut to their budgets before
 the chat template is applied, where SDPO cuts the end of the prompt, assistant header included.
 
-Left out: retrieval of behaviors (retrieval.py); the chat template, which the policy applies.
+Left out: what memory gives for a problem (recall.py); the chat template, which the policy applies.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from pmd_jax.memory import TextMeter
-from pmd_jax.memory.bank import Bank
 from pmd_jax.memory.prompts import without_thinking
-from pmd_jax.records import Behavior, Experience, Message, Problem, Rollout, TeacherPrompt, Verdict
+from pmd_jax.memory.recall import Control, Recalled
+from pmd_jax.records import Experience, Message, Problem, Rollout, TeacherPrompt, Verdict
 
 SOURCES = ("sibling", "feedback", "insights", "behaviors", "experience")
 
@@ -50,6 +50,8 @@ class TeacherConfig:
         the system turn instead, so that worked examples and the bare question are read last: a
         small model that learned the answer's format from examples loses it behind a long turn.
     top_k: behaviors retrieved per problem.
+    control: "none", or whose memory is shown instead of the problem's own: "shuffled", "random" or
+        "stale" (recall.py), the last by stale_steps.
     max_prompt_tokens: the whole prompt. Where it is short, behaviors give way first, then
         insights, then experience, feedback and sibling.
     *_tokens: the most a section may take; insight_tokens is for strategies and lessons together.
@@ -69,6 +71,8 @@ class TeacherConfig:
     experience_tokens: int = 4096
     feedback_only_without_sibling: bool = True
     probe_every: int = 0
+    control: Control = "none"
+    stale_steps: int = 10
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -104,8 +108,7 @@ def check_budget(
 def build_teacher_prompts(
     group: Sequence[tuple[Rollout, Verdict]],
     problem: Problem,
-    bank: Bank,
-    behaviors: Sequence[Behavior],
+    recalled: Recalled,
     student_messages: tuple[Message, ...],
     meter: TextMeter,
     config: TeacherConfig,
@@ -113,7 +116,7 @@ def build_teacher_prompts(
 ) -> list[TeacherPrompt]:
     """One teacher prompt per rollout of a problem's group, in order.
 
-    behaviors: as retrieved for the problem, nearest first. student_messages: the student's prompt,
+    recalled: what memory gives for the problem. student_messages: the student's prompt,
     whose last user turn is extended; turns before it (system, worked examples) are kept.
     Where nothing is to be shown, the messages are the student's own. Equal prompts are equal
     tuples, so a caller can compute them once.
@@ -121,13 +124,30 @@ def build_teacher_prompts(
     """
     room = _room(problem, student_messages, meter, config)
     demonstrations = _demonstrations(group, seed) if "sibling" in config.sources else {}
-    kept = _kept_success(group, problem, bank) if "experience" in config.sources else None
+    kept = _kept_success(group, recalled) if "experience" in config.sources else None
     prompts = []
     for rollout, verdict in group:
         sibling = demonstrations.get(rollout.id)
-        sections = _wanted(problem, bank, behaviors, sibling, kept, verdict.feedback, config)
+        sections = _wanted(recalled, sibling, kept, verdict.feedback, config)
         prompts.append(_fitted(rollout.id, sections, student_messages, room, meter, config))
     return prompts
+
+
+def build_memory_prompt(
+    problem: Problem,
+    recalled: Recalled,
+    student_messages: tuple[Message, ...],
+    meter: TextMeter,
+    config: TeacherConfig,
+) -> TeacherPrompt:
+    """The problem with memory alone beside it, no attempt: for inference with memory.
+
+    Its insights and behaviors stand where the teacher reads them. Raises ValueError where the
+    problem alone does not fit.
+    """
+    room = _room(problem, student_messages, meter, config)
+    sections = _wanted(recalled, None, None, "", config)
+    return _fitted("", sections, student_messages, room, meter, config)
 
 
 # --- what to show -------------------------------------------------------------------------------
@@ -154,13 +174,13 @@ def _demonstrations(group: Sequence[tuple[Rollout, Verdict]], seed: int) -> dict
 
 
 def _kept_success(
-    group: Sequence[tuple[Rollout, Verdict]], problem: Problem, bank: Bank
+    group: Sequence[tuple[Rollout, Verdict]], recalled: Recalled
 ) -> Experience | None:
     """The latest success in memory that is not of this group."""
     own = {rollout.id for rollout, _ in group}
     others = [
         e
-        for e in bank.experiences(problem.id)
+        for e in recalled.experiences
         if e.verdict.correct and e.id not in own and without_thinking(e.text).strip()
     ]
     return others[-1] if others else None
@@ -185,19 +205,17 @@ def _bullets(texts: Sequence[str]) -> str:
 
 
 def _wanted(
-    problem: Problem,
-    bank: Bank,
-    behaviors: Sequence[Behavior],
+    recalled: Recalled,
     sibling: Rollout | None,
     kept: Experience | None,
     feedback: str,
     config: TeacherConfig,
 ) -> list[_Section]:
     """The sections that have something to show, in the order of the prompt, before any cut."""
-    insights = bank.insights(problem.id) if "insights" in config.sources else ()
+    insights = recalled.insights if "insights" in config.sources else ()
     strategies = tuple((i.id, i.text) for i in insights if i.kind == "strategy")
     lessons = tuple((i.id, i.text) for i in insights if i.kind == "lesson")
-    skills = tuple((b.id, b.text) for b in behaviors[: config.top_k])
+    skills = tuple((b.id, b.text) for b in recalled.behaviors[: config.top_k])
     if "behaviors" not in config.sources:
         skills = ()
     told = "feedback" in config.sources and not (sibling and config.feedback_only_without_sibling)
