@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.quickstart import config as quickstart
 from pmd_jax.checkpoint import CheckpointConfig
+from pmd_jax.config import RunConfig
 from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import OptimizerConfig
 from pmd_jax.evaluate import EvaluationConfig
@@ -18,10 +19,10 @@ from pmd_jax.rollout import RolloutConfig
 from pmd_jax.settings import to_config_dict
 
 
-def get_config() -> ConfigDict:
+def config() -> RunConfig:
     change = dataclasses.replace
     base = quickstart()
-    config = change(
+    return change(
         base,
         name="learning",
         steps=8,
@@ -33,4 +34,7 @@ def get_config() -> ConfigDict:
         evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0),
         checkpoint=CheckpointConfig(every=4, keep=1),
     )
-    return to_config_dict(config)
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(config())

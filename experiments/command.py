@@ -49,3 +49,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
 def _told(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or ""))

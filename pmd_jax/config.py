@@ -50,13 +50,16 @@ class ModelSection:
 class RunConfig:
     """All of a run. name: its folder below `output`, which holds everything it writes.
 
-    steps: policy updates. samples_per_step: rollouts written to samples.jsonl at each step.
+    steps: policy updates. max_sampled_tokens: the run also ends after the step in which it has
+    sampled so many, reflections included; 0 for no limit. samples_per_step: rollouts written to
+    samples.jsonl at each step.
     """
 
     name: str = "run"
     output: str = "runs"
     seed: int = 0
     steps: int = 100
+    max_sampled_tokens: int = 0
     samples_per_step: int = 64
     model: ModelSection = field(default_factory=ModelSection)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -75,8 +78,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: must be at least 1; got {self.steps}")
-        if self.samples_per_step < 0:
-            raise ValueError(f"samples_per_step: must be at least 0; got {self.samples_per_step}")
+        for name in ("samples_per_step", "max_sampled_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0; got {getattr(self, name)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name: must be a folder's name without '/'; got {self.name!r}")
         sources, group = self.teacher.sources, self.rollout.rollouts_per_problem

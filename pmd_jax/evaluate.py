@@ -1,7 +1,8 @@
-"""Memory-free scores: the policy answers held-out problems from the problem alone.
+"""Scores: the policy answers held-out problems, from the problem alone unless told otherwise.
 
 Reported beside what needs no policy: uniform guessing and the best constant letter. Intervals are
-bootstrapped over questions, so they say what another draw of questions could have given.
+bootstrapped over questions, so they say what another draw of questions could have given. Prompts
+with memory are made by the caller; nothing here knows a bank.
 """
 
 from __future__ import annotations
@@ -9,14 +10,24 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pmd_jax.metrics import avg_at_k, best_at_k, bootstrap_interval, majority_at_k
+from pmd_jax.metrics import (
+    Scores,
+    avg_at_k,
+    bootstrap_interval,
+    concept_frequency,
+    curve,
+    majority_at_k,
+    pass_at_k,
+)
 from pmd_jax.policy.policy import Policy
-from pmd_jax.records import Split
-from pmd_jax.rollout import attempt, name_seed, verify
+from pmd_jax.records import Message, Problem, Split
+from pmd_jax.rollout import Group, attempt, name_seed, verify
+from pmd_jax.tasks.copies import near_copies
 from pmd_jax.tasks.task import Task, baselines
 
 
@@ -25,7 +36,9 @@ class EvaluationConfig:
     """How the policy is scored. The defaults are the paper's: avg@16 at T 0.6, top-p 0.95.
 
     num_problems: the first of the split, 0 for all. max_new_tokens 0 takes the rollouts' own.
-    every: steps between evaluations during training, 0 for none; before and after are always.
+    every: steps between evaluations during training, 0 for none. before: one before the first
+        step; after the last there always is one.
+    with_memory: score also with the run's bank in the prompt, as `teacher` shows it.
     """
 
     split: Split = "test"
@@ -35,6 +48,8 @@ class EvaluationConfig:
     temperature: float = 0.6
     top_p: float = 0.95
     every: int = 0
+    before: bool = True
+    with_memory: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_problems", "max_new_tokens", "every"):
@@ -44,29 +59,42 @@ class EvaluationConfig:
             raise ValueError(f"num_samples: must be at least 1; got {self.num_samples}")
 
 
+Interval = tuple[float, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores of one policy on one split; shares in [0, 1].
+    """Scores of one policy on one split; shares in [0, 1], intervals 95% over questions.
 
-    average: avg@k and interval: its 95% bootstrap interval over questions. majority: majority@k.
-    headroom: best@k - majority@k. by_subtask: avg@k. per_problem: avg@k by problem id.
+    average: avg@k, k = num_samples. pass_at, majority_at: by the number of samples, "1" to k, of
+    which `majority` and `best` are the last. headroom: best@k - majority@k. fresh: avg@k of the
+    num_fresh questions without a near copy among the training ones, None where there are none.
+    by_subtask, per_problem: avg@k.
     """
 
     split: str
     num_problems: int
     num_samples: int
     average: float
-    interval: tuple[float, float]
+    interval: Interval
     majority: float
-    majority_interval: tuple[float, float]
+    majority_interval: Interval
     best: float
     headroom: float
+    pass_at: dict[str, float]
+    pass_at_interval: dict[str, Interval]
+    majority_at: dict[str, float]
+    majority_at_interval: dict[str, Interval]
     well_formed: float
     chance: float
     constant: float
     constant_letter: str
+    num_fresh: int
+    fresh: float | None
+    fresh_interval: Interval | None
     by_subtask: dict[str, float]
     per_problem: dict[str, float]
+    concepts_per_1000_tokens: float
     response_tokens: int
     seconds: float
 
@@ -75,11 +103,37 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, task: Task, config: EvaluationConfig, max_new_tokens: int, seed: int
+    policy: Policy,
+    task: Task,
+    config: EvaluationConfig,
+    max_new_tokens: int,
+    seed: int,
+    messages: Sequence[Sequence[Message]] | None = None,
 ) -> Evaluation:
-    """Scores `policy` on the task's split, without memory. The same seed gives the same draws."""
-    problems = task.splits[config.split][: config.num_problems or None]
+    """Scores `policy` on the task's split. The same seed gives the same draws.
+
+    messages: the chat of each problem, the student's own where None.
+    """
     began = time.perf_counter()
+    groups = answer(policy, task, config, max_new_tokens, seed, messages)
+    return score(groups, task, config.split, time.perf_counter() - began)
+
+
+def chosen_problems(task: Task, config: EvaluationConfig) -> tuple[Problem, ...]:
+    """Those that an evaluation asks."""
+    return task.splits[config.split][: config.num_problems or None]
+
+
+def answer(
+    policy: Policy,
+    task: Task,
+    config: EvaluationConfig,
+    max_new_tokens: int,
+    seed: int,
+    messages: Sequence[Sequence[Message]] | None = None,
+) -> list[Group]:
+    """The policy's graded samples of each problem."""
+    problems = chosen_problems(task, config)
     attempts = attempt(
         policy,
         task,
@@ -90,32 +144,63 @@ def evaluate(
         seed=name_seed(seed, "evaluate"),
         temperature=config.temperature,
         top_p=config.top_p,
+        messages=messages,
     )
-    groups = verify(task, problems, attempts)
+    return verify(task, problems, attempts)
+
+
+def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> Evaluation:
+    """What graded samples come to; all groups have as many."""
+    problems = [group.problem for group in groups]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     correct = np.array([[v.correct for v in group.verdicts] for group in groups])
     answers = [[task.answer(g.problem, r.text) for r in g.rollouts] for g in groups]
+    gold = [problem.check.answer for problem in problems]
+    num_samples = correct.shape[1]
     average = avg_at_k(correct)
-    majority = majority_at_k(answers, [problem.check.answer for problem in problems])
+    passed = {str(k): pass_at_k(correct, k) for k in curve(num_samples)}
+    voted = {str(k): majority_at_k(answers, gold, k) for k in curve(num_samples)}
+    best, majority = passed[str(num_samples)], voted[str(num_samples)]
+    copies = near_copies(problems, task.splits["train"]) if split != "train" else frozenset()
+    fresh = average[[problem.id not in copies for problem in problems]]
     subtasks: dict[str, list[float]] = defaultdict(list)
-    for problem, score in zip(problems, average, strict=True):
-        subtasks[problem.subtask].append(float(score))
+    for problem, value in zip(problems, average, strict=True):
+        subtasks[problem.subtask].append(float(value))
     scores = baselines(problems)
+    num_tokens = sum(len(rollout.tokens) for rollout in rollouts)
+    concepts = concept_frequency([rollout.text for rollout in rollouts], num_tokens)
     return Evaluation(
-        split=config.split,
+        split=split,
         num_problems=len(problems),
-        num_samples=config.num_samples,
+        num_samples=num_samples,
         average=float(average.mean()),
         interval=bootstrap_interval(average),
         majority=float(majority.mean()),
         majority_interval=bootstrap_interval(majority),
-        best=float(best_at_k(correct).mean()),
-        headroom=float(best_at_k(correct).mean() - majority.mean()),
+        best=float(best.mean()),
+        headroom=float(best.mean() - majority.mean()),
+        pass_at=_means(passed),
+        pass_at_interval=_intervals(passed),
+        majority_at=_means(voted),
+        majority_at_interval=_intervals(voted),
         well_formed=float(np.mean([v.well_formed for g in groups for v in g.verdicts])),
         chance=float(scores["chance"]),
         constant=float(scores["constant"]),
         constant_letter=str(scores["constant_letter"]),
-        by_subtask={name: float(np.mean(scores)) for name, scores in sorted(subtasks.items())},
-        per_problem={p.id: float(s) for p, s in zip(problems, average, strict=True)},
-        response_tokens=sum(len(r.tokens) for group in groups for r in group.rollouts),
-        seconds=time.perf_counter() - began,
+        num_fresh=len(fresh),
+        fresh=float(fresh.mean()) if len(fresh) else None,
+        fresh_interval=bootstrap_interval(fresh) if len(fresh) else None,
+        by_subtask={name: float(np.mean(values)) for name, values in sorted(subtasks.items())},
+        per_problem={p.id: float(value) for p, value in zip(problems, average, strict=True)},
+        concepts_per_1000_tokens=concepts["concepts/per_1000_tokens"],
+        response_tokens=num_tokens,
+        seconds=seconds,
     )
+
+
+def _means(scores: dict[str, Scores]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in scores.items()}
+
+
+def _intervals(scores: dict[str, Scores]) -> dict[str, Interval]:
+    return {name: bootstrap_interval(values) for name, values in scores.items()}

@@ -13,6 +13,7 @@ uncertainty between seeds of training, which needs several runs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -46,11 +47,14 @@ def pass_at_k(correct: Bool[np.ndarray, "N K"], k: int) -> Scores:
     return 1.0 - ratios.prod(axis=1)
 
 
-def majority_at_k(answers: Sequence[Sequence[str]], gold: Sequence[str]) -> Scores:
-    """majority@k: whether the most frequent answer of a question is its gold answer.
+def majority_at_k(
+    answers: Sequence[Sequence[str]], gold: Sequence[str], k: int | None = None
+) -> Scores:
+    """majority@k: the probability that the most frequent of k answers is the gold one.
 
-    A tie is broken uniformly at random, and the score is the expectation: 1 / (number of tied
-    answers) if gold is among them, so it depends neither on order nor on a seed.
+    Over the choice of k of a question's K answers without replacement, exactly, so a smaller k
+    needs no drawing; None takes all K. A tie is broken uniformly at random: 1 / (number of tied
+    answers) if gold is among them. The score depends neither on order nor on a seed.
     "" stands for a response without an answer. It casts no vote: a question is lost to it only
     where every sample is "".
     """
@@ -63,17 +67,42 @@ def majority_at_k(answers: Sequence[Sequence[str]], gold: Sequence[str]) -> Scor
             f'gold: must not be ""; got "" for question {list(gold).index("")}, '
             "which no vote could answer"
         )
+    fewest = min(map(len, answers), default=0)
+    if k is not None and not 1 <= k <= fewest:
+        raise ValueError(f"k: must be between 1 and the {fewest} samples given; got {k}")
     return np.array(
-        [_majority_score(row, target) for row, target in zip(answers, gold, strict=True)],
+        [
+            _majority_score(row, target, k or len(row))
+            for row, target in zip(answers, gold, strict=True)
+        ],
         dtype=np.float64,
     )
 
 
-def _majority_score(answers: Sequence[str], gold: str) -> float:
+def _majority_score(answers: Sequence[str], gold: str, k: int) -> float:
+    """Counts the ways to draw k answers, by how often gold is drawn and by how many tie with it."""
     votes = Counter(answer for answer in answers if answer)
-    most = max(votes.values(), default=0)
-    winners = [answer for answer, count in votes.items() if count == most]
-    return 1.0 / len(winners) if gold in winners else 0.0
+    silent = len(answers) - votes.total()
+    of_gold = votes.pop(gold, 0)
+    ways = 0.0
+    for won in range(1, min(of_gold, k) + 1):
+        # drawn[t, n]: ways to draw n answers that are not gold, with t of them tied at `won`
+        drawn = np.zeros((len(votes) + 1, k + 1))
+        drawn[0, 0] = 1.0
+        for count in votes.values():
+            fewer = [math.comb(count, n) for n in range(min(won, count + 1))]
+            tied = math.comb(count, won)
+            new = np.zeros_like(drawn)
+            for n, choices in enumerate(fewer):
+                new[:, n:] += choices * drawn[:, : k + 1 - n]
+            if tied:
+                new[1:, won:] += tied * drawn[:-1, : k + 1 - won]
+            drawn = new
+        rest = k - won
+        quiet = np.array([math.comb(silent, rest - n) for n in range(rest + 1)], np.float64)
+        shares = 1.0 / (1 + np.arange(len(drawn)))
+        ways += math.comb(of_gold, won) * float(shares @ drawn[:, : rest + 1] @ quiet)
+    return ways / math.comb(len(answers), k)
 
 
 def best_at_k(correct: Bool[np.ndarray, "N K"]) -> Scores:
@@ -97,6 +126,11 @@ def concept_frequency(texts: Sequence[str], num_tokens: int) -> dict[str, float]
         "concepts/share": sum(count > 0 for count in counts) / max(len(texts), 1),
         "concepts/per_1000_tokens": 1000 * sum(counts) / max(num_tokens, 1),
     }
+
+
+def curve(num_samples: int) -> tuple[int, ...]:
+    """The ks of a curve over samples: powers of two, and all of them."""
+    return (*(1 << i for i in range((num_samples - 1).bit_length())), num_samples)
 
 
 def bootstrap_interval(

@@ -73,12 +73,15 @@ def attempt(
     temperature: float = 1.0,
     top_p: float = 1.0,
     on_rollout: Callable[[Problem, Rollout], None] = lambda *_: None,
+    messages: Sequence[Sequence[Message]] | None = None,
 ) -> Attempts:
-    """The policy's rollouts of each problem. The prompt never contains memory.
+    """The policy's rollouts of each problem, from the student's prompt, which has no memory.
 
+    messages: chats to answer instead, for evaluation with memory; training gives none.
     on_rollout hears of each as soon as it is done, while the device samples the others.
     """
-    prompts = [policy.tokenizer.encode_chat(task.student_messages(p)) for p in problems]
+    chats = [task.student_messages(p) for p in problems] if messages is None else messages
+    prompts = [policy.tokenizer.encode_chat(chat) for chat in chats]
     rollouts: dict[tuple[int, int], Rollout] = {}
 
     def done(i: int, j: int, sample: Sample) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pmd_jax import settings
 from pmd_jax.checkpoint import Checkpointer
 from pmd_jax.config import RunConfig
 from pmd_jax.endpoint import EndpointError
-from pmd_jax.evaluate import Evaluation, evaluate
+from pmd_jax.evaluate import Evaluation, chosen_problems, evaluate
 from pmd_jax.ordering import problem_order
 from pmd_jax.policy.bar import progress_bar
 from pmd_jax.policy.families import read_config
@@ -31,12 +31,14 @@ from pmd_jax.policy.policy import Policy, find_model, load_policy
 from pmd_jax.policy.saved import CHECKPOINTS, MODEL, copy_model_files
 from pmd_jax.policy.sharding import batch_shards, make_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
+from pmd_jax.records import Message
 from pmd_jax.tasks.task import Task, load_task
 from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
 from pmd_jax.trainer import NotFinite, StepResult, Trainer, check_fit
 
 MAY_CHANGE = (
     "steps",
+    "max_sampled_tokens",
     "optimizer",
     "evaluation",
     "checkpoint",
@@ -185,6 +187,11 @@ class Run:
         self.evaluations: list[EvaluationRow] = []
         self.last: Evaluation | None = None
 
+    @property
+    def is_over(self) -> bool:
+        most, sampled = self.config.max_sampled_tokens, self.trainer.totals["sampled_tokens"]
+        return self.trainer.step_number >= self.config.steps or 0 < most <= sampled
+
     def to_the_end(self) -> Outcome:
         """Raises one of FAILURES, on one line, when the run comes to nothing."""
         with self._closing:
@@ -194,13 +201,13 @@ class Run:
         config, trainer = self.config, self.trainer
         with Progress(config.steps, trainer.step_number) as progress:
             interrupts = Interrupts(progress.note)
-            if trainer.step_number == 0:
+            if trainer.step_number == 0 and config.evaluation.before:
                 self.evaluate("before", progress)
             with interrupts.caught():
-                while trainer.step_number < config.steps and not interrupts.asked:
+                while not self.is_over and not interrupts.asked:
                     self.step(progress)
             self.save(progress)
-            if interrupts.asked and trainer.step_number < config.steps:
+            if interrupts.asked and not self.is_over:
                 progress.note(
                     f"saved step {trainer.step_number} in {self.checkpointer.folder}; continue "
                     f"with the same command and --resume"
@@ -214,6 +221,7 @@ class Run:
                 f"metrics.jsonl (accuracy, well_formed) and try config.task.format_shots=2, "
                 f"config.task.verifier=lenient or more rollouts per problem"
             )
+        self.writer.write_totals({"steps": trainer.step_number, **trainer.totals})
         return Outcome(self.writer.folder, trainer.step_number, False)
 
     def step(self, progress: Progress) -> None:
@@ -253,6 +261,19 @@ class Run:
         self.writer.log_samples(step, result.samples)
 
     def evaluate(self, name: str, progress: Progress) -> None:
+        """Without memory, and once more with it where the configuration says so."""
+        self.last = self._score(name, None, "no memory in the prompt", progress)
+        if self.config.evaluation.with_memory:
+            chats = self.trainer.memory_chats(chosen_problems(self.task, self.config.evaluation))
+            self._score(f"{name}, with memory", chats, "memory in the prompt", progress)
+
+    def _score(
+        self,
+        name: str,
+        chats: Sequence[Sequence[Message]] | None,
+        about: str,
+        progress: Progress,
+    ) -> Evaluation:
         progress.phase(f"evaluate {name}")
         config = self.config
         scores = evaluate(
@@ -261,15 +282,16 @@ class Run:
             config.evaluation,
             config.rollout.max_new_tokens,
             config.seed,
+            chats,
         )
         self.writer.write_evaluation(name, {"step": self.trainer.step_number, **scores.to_dict()})
-        self.last = scores
         low, high = scores.interval
         progress.note(
             f"evaluation {name}: avg@{scores.num_samples} {100 * scores.average:.1f}% "
             f"({100 * low:.1f} to {100 * high:.1f}), well-formed {100 * scores.well_formed:.0f}%, "
-            f"on {scores.num_problems} {scores.split} problems, no memory in the prompt"
+            f"on {scores.num_problems} {scores.split} problems, {about}"
         )
+        return scores
 
     def summarise(self) -> None:
         assert self.last is not None

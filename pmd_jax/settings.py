@@ -21,11 +21,12 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -199,7 +200,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The ConfigDict that `spec` names, with `overrides` applied.
 
     spec: "path/to/file.py" or "path/to/file.py:argument"; the file defines
-    `get_config(argument)`, or `get_config()` where no argument is meant.
+    `get_config(argument)`, or `get_config()` where no argument is meant. Or "path/to/config.json",
+    a configuration as a run's folder keeps it.
     overrides: "--config.section.key=value", read by the type of the value that they replace:
     true or false, numbers, text, tuples as "a,b" or as a Python literal, and "none" where the
     dataclass allows it. A key that the file did not set is unknown, so a file should return a
@@ -214,12 +216,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _call_get_config(spec: str) -> ConfigDict:
+    if spec.endswith(".json"):
+        return _read_config(Path(spec))
     parts = re.fullmatch(r"(.+?\.py)(?::(.+))?", spec)
     if parts is None:
-        raise ValueError(f"--config: must be path/to/file.py or path/to/file.py:arg; got {spec!r}")
+        raise ValueError(
+            "--config: must be path/to/file.py, path/to/file.py:arg or a run's config.json; "
+            f"got {spec!r}"
+        )
     file, argument = Path(parts[1]), parts[2]
     if not file.is_file():
-        raise ValueError(f"--config: no such file: {file}; paths are relative to {Path.cwd()}")
+        raise _no_such_file(file)
     get_config = getattr(_import_file(file), "get_config", None)
     if get_config is None:
         raise ValueError(f"{file}: must define get_config() returning a ConfigDict; it does not")
@@ -238,6 +245,29 @@ def _call_get_config(spec: str) -> ConfigDict:
         got = type(config).__name__
         raise ValueError(f"{file}: get_config must return a ConfigDict; got {got}")
     return config
+
+
+def _read_config(file: Path) -> ConfigDict:
+    """The inverse of `to_dict` in a file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise _no_such_file(file) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: must be JSON; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must be one JSON object; got {str(values)[:40]!r}")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return ConfigDict({name: plain(item) for name, item in value.items()})
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return plain(values)
+
+
+def _no_such_file(file: Path) -> ValueError:
+    return ValueError(f"--config: no such file: {file}; paths are relative to {Path.cwd()}")
 
 
 def _import_file(file: Path) -> types.ModuleType:
@@ -331,13 +361,23 @@ def _read_tuple(text: CommandLineText) -> Any:
     return tuple(CommandLineText(part) for part in parts if part)
 
 
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="name of the run, and of its folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run of this name from its checkpoint"
+    )
+
+
 def parse_arguments(
-    argv: Sequence[str], description: str
+    argv: Sequence[str],
+    description: str,
+    add: Callable[[argparse.ArgumentParser], Any] | None = None,
 ) -> tuple[str, list[str], argparse.Namespace]:
     """(spec, overrides, namespace) of a command line: the first two are for `load_config`.
 
     argv: without the program's name (`sys.argv[1:]`). `--config.x.y=value` and
-    `--config.x.y value` are accepted anywhere; the namespace holds config, name and resume.
+    `--config.x.y value` are accepted anywhere; the namespace holds config, and name and resume or
+    the flags that `add` puts in their place.
     Prints the usage and exits, as argparse does, for --help and for any other flag.
     """
     parser = argparse.ArgumentParser(
@@ -356,12 +396,9 @@ def parse_arguments(
         "--config",
         required=True,
         metavar="FILE[:ARG]",
-        help="Python file with get_config(); ARG is handed to it",
+        help="Python file with get_config(), ARG is handed to it; or a run's config.json",
     )
-    parser.add_argument("--name", help="name of the run, and of its folder")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run of this name from its checkpoint"
-    )
+    (add or _add_run_flags)(parser)
     overrides, others = [], []
     rest = iter(argv)
     for argument in rest:

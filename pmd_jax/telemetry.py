@@ -4,6 +4,7 @@
                 metrics.jsonl      one JSON object per step
                 samples.jsonl      one JSON object per sample: what was asked, answered, taught
                 evaluation.json    name of an evaluation -> its scores
+                totals.json        what the run has cost, once it is over
                 tensorboard/       the numbers of metrics.jsonl as scalars
 
 JSON Lines are the record; TensorBoard and the terminal are views of it. Numbers that are not
@@ -108,6 +109,10 @@ class RunWriter:
         path = self.folder / "evaluation.json"
         evaluations = json.loads(path.read_text()) if path.exists() else {}
         _replace(path, _document({**evaluations, name: scores}))
+
+    def write_totals(self, totals: Mapping[str, Any]) -> None:
+        """Steps, tokens and time of a run that is over, into totals.json."""
+        _replace(self.folder / "totals.json", _document(totals))
 
     def rewind(self, step: int) -> None:
         """For a run that resumes at `step`: forgets what was logged of `step` and later.

@@ -53,13 +53,18 @@ from pmd_jax.memory.behaviors import abstract, cluster
 from pmd_jax.memory.recall import Recall
 from pmd_jax.memory.reflection import ReflectionConfig, reflect
 from pmd_jax.memory.retrieval import Retriever
-from pmd_jax.memory.teacher import TeacherConfig, build_teacher_prompts, check_budget
+from pmd_jax.memory.teacher import (
+    TeacherConfig,
+    build_memory_prompts,
+    build_teacher_prompts,
+    check_budget,
+)
 from pmd_jax.metrics import concept_frequency
 from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
 from pmd_jax.policy.tokenizer import Tokenizer
-from pmd_jax.records import Experience, Problem, Rollout, TeacherPrompt
+from pmd_jax.records import Experience, Message, Problem, Rollout, TeacherPrompt
 from pmd_jax.rollout import Group, attempt, make_generate, name_seed, verify
 from pmd_jax.tasks.task import Task
 from pmd_jax.telemetry import Compilations, Progress, Span, Stopwatch
@@ -340,6 +345,15 @@ class Trainer:
             for group, found in zip(groups, recalled, strict=True)
         ]
 
+    def memory_chats(self, problems: Sequence[Problem]) -> list[tuple[Message, ...]]:
+        """What the policy reads where it answers with the bank in its prompt."""
+        config = self.config.teacher
+        recalled = self.recall(self.step_number, self.bank, problems, config.top_k)
+        prompts = build_memory_prompts(
+            problems, recalled, self.task.student_messages, self.policy.tokenizer, config
+        )
+        return [prompt.messages for prompt in prompts]
+
     def probe(
         self,
         step: int,
@@ -363,7 +377,9 @@ class Trainer:
             taught = self.taught(groups, without)
             multiple = math.lcm(self.config.distill.micro_batch or 1, self.shards)
             batch = build_batch(taught, multiple, self.config.distill.bucket_tokens)
-            known = jax.device_get(self._probe(self.state, place(batch, self.policy.mesh)))
+            placed = place(batch, self.policy.mesh)
+            with self.updating:
+                known = jax.device_get(self._probe(self.state, placed))
         guided = np.array([[[prompt.has_guidance] for prompt in group] for group in prompts])
         counted = np.asarray(response_mask(batch))[: len(groups)] * guided
         divergence = known.divergence[: len(groups)] * counted

@@ -1,5 +1,6 @@
 """The command line as a person meets it: exit codes, and one clear line for each mistake."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,19 @@ def test_a_failed_run_is_one_line_and_a_bug_keeps_its_traceback(
     else:
         assert run(*given) == code
         assert capsys.readouterr().err.splitlines()[-1] == f"error: {error}"
+
+
+def test_a_runs_config_json_is_a_configuration(tmp_path):
+    """What `to_dict` wrote comes back, tuples too, and can be overridden."""
+    file = tmp_path / "config.json"
+    config = settings.build(RunConfig, settings.load_config(QUICKSTART))
+    file.write_text(json.dumps(settings.to_dict(config)))
+    assert settings.build(RunConfig, settings.load_config(str(file))) == config
+    other = settings.load_config(str(file), ["--config.teacher.sources=insights"])
+    assert settings.build(RunConfig, other).teacher.sources == ("insights",)
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match="must be one JSON object"):
+        settings.load_config(str(file))
+    file.write_text("{")
+    with pytest.raises(ValueError, match="must be JSON"):
+        settings.load_config(str(file))

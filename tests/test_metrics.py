@@ -142,3 +142,62 @@ def test_concepts_are_counted_by_their_stems():
     found = metrics.concept_frequency(texts, num_tokens=500)
     assert found == {"concepts/share": 0.5, "concepts/per_1000_tokens": 8.0}
     assert metrics.concept_frequency([], 0) == {"concepts/share": 0, "concepts/per_1000_tokens": 0}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("row", ["AABBC.", "AAABB.", "BBCCDD", "A.....", "ABCDAB"])
+def test_majority_of_fewer_samples_equals_the_mean_over_all_subsets(row, k):
+    """ "." is a response without an answer."""
+    answers = [letter.strip(".") for letter in row]
+    subsets = list(itertools.combinations(answers, k))
+    expected = np.mean([metrics.majority_at_k([subset], ["A"])[0] for subset in subsets])
+    assert metrics.majority_at_k([answers], ["A"], k)[0] == pytest.approx(expected)
+
+
+def test_majority_of_many_samples_is_exact_and_finite():
+    answers = ["A"] * 32 + ["B"] * 31 + [""]
+    assert metrics.majority_at_k([answers], ["A"])[0] == 1.0
+    assert metrics.majority_at_k([answers], ["A"], 1)[0] == pytest.approx(0.5)
+    assert 0.5 < metrics.majority_at_k([answers], ["A"], 16)[0] < 0.6
+
+
+def test_majority_of_more_samples_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="k: must be between 1 and the 2 samples given; got 3"):
+        metrics.majority_at_k([["A", "B"]], ["A"], 3)
+
+
+def test_a_curve_doubles_up_to_all_samples():
+    assert metrics.curve(1) == (1,)
+    assert metrics.curve(8) == (1, 2, 4, 8)
+    assert metrics.curve(12) == (1, 2, 4, 8, 12)
+
+
+def draws(rng, shift=0.0, num_questions=80, num_samples=4):
+    """avg@4 of questions of all difficulties, and the mean that it estimates."""
+    ability = np.clip(rng.beta(0.7, 1.3, num_questions) + shift, 0, 1)
+    return rng.binomial(num_samples, ability) / num_samples, ability
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_intervals_cover_at_their_nominal_rate(level):
+    rng, truth, trials = np.random.default_rng(0), 0.7 / 2.0, 600
+    inside = 0
+    for trial in range(trials):
+        low, high = metrics.bootstrap_interval(draws(rng)[0], level, trial, 400)
+        inside += low <= truth <= high
+    margin = 3 * np.sqrt(level * (1 - level) / trials)
+    assert abs(inside / trials - level) < margin
+
+
+def test_paired_intervals_cover_and_p_values_are_uniform_where_nothing_differs():
+    rng, trials = np.random.default_rng(1), 600
+    inside, small = 0, 0
+    for trial in range(trials):
+        _, ability = draws(rng)
+        a, b = (rng.binomial(4, ability) / 4 for _ in range(2))
+        _, low, high, p = metrics.paired_bootstrap(a, b, seed=trial, num_resamples=400)
+        inside += low <= 0 <= high
+        small += p <= 0.05
+    margin = 3 * np.sqrt(0.95 * 0.05 / trials)
+    assert abs(inside / trials - 0.95) < margin
+    assert abs(small / trials - 0.05) < margin

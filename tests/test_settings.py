@@ -329,7 +329,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, source, argument, message
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"--config: no such file: .*absent\.py; paths are rel"):
         settings.load_config(str(tmp_path / "absent.py"))
-    with pytest.raises(ValueError, match=r"must be path/to/file\.py .* got 'quickstart'"):
+    with pytest.raises(ValueError, match=r"must be path/to/file\.py, .* got 'quickstart'"):
         settings.load_config("quickstart")
 
 

@@ -133,21 +133,25 @@ def build_teacher_prompts(
     return prompts
 
 
-def build_memory_prompt(
-    problem: Problem,
-    recalled: Recalled,
-    student_messages: tuple[Message, ...],
+def build_memory_prompts(
+    problems: Sequence[Problem],
+    recalled: Sequence[Recalled],
+    student_messages: Callable[[Problem], tuple[Message, ...]],
     meter: TextMeter,
     config: TeacherConfig,
-) -> TeacherPrompt:
-    """The problem with memory alone beside it, no attempt: for inference with memory.
+) -> list[TeacherPrompt]:
+    """Problems with memory alone beside them, no attempt: for inference with memory.
 
-    Its insights and behaviors stand where the teacher reads them. Raises ValueError where the
-    problem alone does not fit.
+    Insights and behaviors stand where the teacher reads them. Raises ValueError where a problem
+    alone does not fit.
     """
-    room = _room(problem, student_messages, meter, config)
-    sections = _wanted(recalled, None, None, "", config)
-    return _fitted("", sections, student_messages, room, meter, config)
+    prompts = []
+    for problem, found in zip(problems, recalled, strict=True):
+        messages = student_messages(problem)
+        room = _room(problem, messages, meter, config)
+        sections = _wanted(found, None, None, "", config)
+        prompts.append(_fitted("", sections, messages, room, meter, config))
+    return prompts
 
 
 # --- what to show -------------------------------------------------------------------------------
