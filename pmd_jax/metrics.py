@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -109,6 +110,33 @@ def best_at_k(correct: Bool[np.ndarray, "N K"]) -> Scores:
     """best@k: 1 where any of the K samples is correct. Equals `pass_at_k` with k = K."""
     _check_samples(correct)
     return np.asarray(correct.any(axis=1), dtype=np.float64)
+
+
+class SolvedSets(NamedTuple):
+    """Questions by who solves them, ids sorted."""
+
+    both: list[str]
+    only_a: list[str]
+    only_b: list[str]
+    neither: list[str]
+
+
+def solved_sets(a: Mapping[str, float], b: Mapping[str, float], least: float) -> SolvedSets:
+    """Questions that two policies solve, by their avg@k: those above `least`.
+
+    least 0: any sample is correct; 0.5: most are. Raises ValueError where they were not asked the
+    same questions.
+    """
+    if set(a) != set(b):
+        raise ValueError(
+            f"a, b: must score the same questions; {len(set(a) ^ set(b))} are in one alone"
+        )
+    sets = SolvedSets([], [], [], [])
+    for key in sorted(a):
+        solved = a[key] > least, b[key] > least
+        place = {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}[solved]
+        sets[place].append(key)
+    return sets
 
 
 CONCEPTS = re.compile(r"\b(strateg|lesson|behavio)", re.IGNORECASE)

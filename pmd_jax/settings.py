@@ -210,9 +210,14 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises ValueError, on one line, for all that is wrong with the file, a key or a value.
     """
     config = _call_get_config(spec)
-    for override in overrides:
-        _apply_override(config, override)
+    override(config, overrides)
     return config
+
+
+def override(config: ConfigDict, overrides: Iterable[str]) -> None:
+    """Sets what "--config.section.key=value" says, as `load_config` does."""
+    for text in overrides:
+        _apply_override(config, text)
 
 
 def _call_get_config(spec: str) -> ConfigDict:
@@ -372,12 +377,14 @@ def parse_arguments(
     argv: Sequence[str],
     description: str,
     add: Callable[[argparse.ArgumentParser], Any] | None = None,
+    required: bool = True,
 ) -> tuple[str, list[str], argparse.Namespace]:
     """(spec, overrides, namespace) of a command line: the first two are for `load_config`.
 
     argv: without the program's name (`sys.argv[1:]`). `--config.x.y=value` and
     `--config.x.y value` are accepted anywhere; the namespace holds config, and name and resume or
-    the flags that `add` puts in their place.
+    the flags that `add` puts in their place. required: whether --config must be
+    given; where it is not, spec is "".
     Prints the usage and exits, as argparse does, for --help and for any other flag.
     """
     parser = argparse.ArgumentParser(
@@ -394,7 +401,7 @@ def parse_arguments(
     )
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:ARG]",
         help="Python file with get_config(), ARG is handed to it; or a run's config.json",
     )
@@ -412,4 +419,4 @@ def parse_arguments(
                 parser.error(f"{argument}: needs a value; write {argument}=VALUE")
             overrides.append(f"{argument}={value}")
     namespace = parser.parse_args(others)
-    return namespace.config, overrides, namespace
+    return namespace.config or "", overrides, namespace

@@ -201,3 +201,11 @@ def test_paired_intervals_cover_and_p_values_are_uniform_where_nothing_differs()
     margin = 3 * np.sqrt(0.95 * 0.05 / trials)
     assert abs(inside / trials - 0.95) < margin
     assert abs(small / trials - 0.05) < margin
+
+
+def test_solved_sets_part_questions_by_who_solves_them():
+    a, b = {"p": 0.25, "q": 0.75, "r": 0.0}, {"p": 1.0, "q": 0.0, "r": 0.0}
+    assert metrics.solved_sets(a, b, 0.0) == (["p"], ["q"], [], ["r"])
+    assert metrics.solved_sets(a, b, 0.5) == ([], ["q"], ["p"], ["r"])
+    with pytest.raises(ValueError, match="must score the same questions; 1 are in one alone"):
+        metrics.solved_sets(a, {"p": 1.0, "q": 0.0}, 0.0)

@@ -47,6 +47,20 @@ class Segment:
     sha256: str
 
 
+def find_bank(path: Path) -> Path:
+    """The folder of the bank that `path` names: a bank's own, a run's, or that of one of its steps.
+
+    Raises ValueError for any other.
+    """
+    for folder in (path, path / "memory", path / "bank", path / "bank" / "bank"):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise ValueError(
+        f"bank {path}: must be a bank's folder, a run's, or a step's (RUN/checkpoints/STEP); no "
+        "manifest.json is there; a run saves its bank with its first checkpoint"
+    )
+
+
 @contextlib.contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block ends well.
