@@ -43,7 +43,6 @@ from pmd_jax.distill.update import (
     make_optimizer,
     make_probe,
     make_train_step,
-    rollout_losses,
 )
 from pmd_jax.embedding import make_embed, query_prefix
 from pmd_jax.endpoint import make_endpoint, parse_writer
@@ -59,13 +58,13 @@ from pmd_jax.memory.teacher import (
     build_teacher_prompts,
     check_budget,
 )
-from pmd_jax.metrics import concept_frequency
 from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
 from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Experience, Message, Problem, Rollout, TeacherPrompt
 from pmd_jax.rollout import Group, attempt, make_generate, name_seed, verify
+from pmd_jax.steplog import carries_loss, distillation, grades, rows, teacher_gain, teaching
 from pmd_jax.tasks.task import Task
 from pmd_jax.telemetry import Compilations, Progress, Span, Stopwatch
 
@@ -111,22 +110,6 @@ def make_writer(policy: Policy, config: ReflectionConfig, seed: int) -> Generate
             config.behaviors_max_new_tokens,
         )
     return make_generate(policy, config.behaviors_max_new_tokens, config.temperature, seed)
-
-
-def teacher_gain(
-    batch: DistillBatch, report: StepReport, groups: Sequence[Group]
-) -> dict[str, float]:
-    """By how many nats per token the teacher likes the student's responses better than it does.
-
-    Apart for correct and for wrong ones, where there are any: a teacher that knows more gains on
-    the correct. A number near zero on both says that it was shown nothing of use.
-    """
-    known, mask = report.per_token, np.asarray(response_mask(batch))
-    gain = ((known.teacher - known.student) * mask).sum(-1) / mask.sum(-1).clip(1)
-    correct = np.array([[v.correct for v in group.verdicts] for group in groups])
-    gain = gain[: len(groups)]
-    parts = {"teacher/gain_correct": gain[correct], "teacher/gain_wrong": gain[~correct]}
-    return {name: float(values.mean()) for name, values in parts.items() if values.size}
 
 
 def check_fit(
@@ -220,7 +203,7 @@ class Trainer:
         problems = [self.problems[int(i)] for i in next(self.order)]
         self.bank.begin_step(step)
         groups = self.attempt_and_verify(step, problems, progress)
-        metrics = self.grade(groups)
+        metrics: dict[str, Any] = grades(groups)
         with self.phase("remember", progress):
             news = problems_by_news(groups, step)
             self.bank.remember(step, [e for _, attempts in news.values() for e in attempts])
@@ -233,11 +216,14 @@ class Trainer:
         metrics |= self.probe(step, groups, prompts, progress)
         batch, report, padding = self.distill(step, groups, prompts, progress)
         metrics["padding_fraction"] = padding
-        losses = rollout_losses(report, batch)[: len(groups)]
-        metrics |= self.account(batch, report, prompts)
+        taught = teaching(prompts, carries_loss(batch, bool(self.grpo)))
+        self.totals.update(taught, trained_tokens=int(batch.response_length.sum()))
+        metrics |= distillation(batch, report, prompts, taught)
+        metrics |= {f"memory/{level}": count for level, count in self.bank.sizes().items()}
         if not self.grpo:
             metrics |= teacher_gain(batch, report, groups)
-        samples = self.samples(groups, prompts, losses, batch, report)
+        most, tokenizer = config.samples_per_step, self.policy.tokenizer
+        samples = rows(groups, prompts, batch, report, self.task, tokenizer, bool(self.grpo), most)
         metrics["seconds/sync"] = self.policy.stats.sync_seconds - synced
         metrics["seconds/compile"] = self.compilations.seconds - compiled
         busy = self.busy_seconds() - busy
@@ -282,21 +268,6 @@ class Trainer:
                 )
             with self.phase("verify", progress):
                 return verify(self.task, problems, attempts, begun)
-
-    def grade(self, groups: Sequence[Group]) -> dict[str, float]:
-        verdicts = [verdict for group in groups for verdict in group.verdicts]
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        solved = [[v.correct for v in group.verdicts] for group in groups]
-        return {
-            "accuracy": float(np.mean([v.correct for v in verdicts])),
-            "reward": float(np.mean([v.reward for v in verdicts])),
-            "well_formed": float(np.mean([v.well_formed for v in verdicts])),
-            "truncated": float(np.mean([r.stop == "length" for r in rollouts])),
-            "response_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
-            **concept_frequency([r.text for r in rollouts], sum(len(r.tokens) for r in rollouts)),
-            "groups/all_solved": float(np.mean([all(group) for group in solved])),
-            "groups/none_solved": float(np.mean([not any(group) for group in solved])),
-        }
 
     def reflect(self, step: int, news: Mapping[str, Any], progress: Progress) -> dict[str, float]:
         """Insights from this step's groups, by the current policy, in one batch."""
@@ -449,91 +420,3 @@ class Trainer:
             f"the update was not applied. The batch is in {file}; lower "
             f"config.optimizer.learning_rate and resume from the last checkpoint with --resume"
         )
-
-    # --- what is logged -------------------------------------------------------------------------
-
-    def account(
-        self,
-        batch: DistillBatch,
-        report: StepReport,
-        prompts: Sequence[Sequence[TeacherPrompt]],
-    ) -> dict[str, Any]:
-        teachers = [prompt for group in prompts for prompt in group]
-        guided = [prompt for prompt in teachers if prompt.has_guidance]
-        num_with_loss = int((batch.advantage != 0).sum()) if self.grpo else len(guided)
-        shown = [prompt.section_tokens.keys() for prompt in guided]
-        with_insight = sum(bool(names & {"strategies", "lessons"}) for names in shown)
-        with_behavior = sum("behaviors" in names for names in shown)
-        self.totals.update(
-            rollouts=len(teachers),
-            rollouts_with_loss=num_with_loss,
-            with_insight=with_insight,
-            with_behavior=with_behavior,
-            trained_tokens=int(batch.response_length.sum()),
-        )
-        size = max(len(teachers), 1)
-        read = np.take_along_axis(batch.teacher_length, batch.prompt_of, axis=1)
-        read = (read + batch.suffix_length)[: len(prompts)]
-        return {
-            "loss": float(report.loss),
-            "grad_norm": float(report.grad_norm),
-            "learning_rate": float(report.learning_rate),
-            "entropy": float(report.entropy),
-            "logprob_gap": float(report.logprob_gap),
-            "loss_fraction": num_with_loss / size,
-            "teacher/with_insight": with_insight / size,
-            "teacher/with_behavior": with_behavior / size,
-            "teacher/prompt_tokens": float(read.mean()),
-            "teacher/cut_tokens": sum(sum(p.cut_tokens.values()) for p in teachers) / size,
-            **{f"memory/{level}": count for level, count in self.bank.sizes().items()},
-        }
-
-    def samples(
-        self,
-        groups: Sequence[Group],
-        prompts: Sequence[Sequence[TeacherPrompt]],
-        losses: np.ndarray,
-        batch: DistillBatch,
-        report: StepReport,
-    ) -> list[dict[str, Any]]:
-        """One row per rollout, up to `samples_per_step` of them."""
-        rows: list[dict[str, Any]] = []
-        nats = np.asarray(report.per_token.divergence).round(4)
-        has_loss = batch.advantage != 0 if self.grpo else batch.has_guidance
-        render = self.policy.tokenizer.render_chat
-        for i, (group, teachers) in enumerate(zip(groups, prompts, strict=True)):
-            student_prompt = render(self.task.student_messages(group.problem))
-            for j, (rollout, verdict) in enumerate(
-                zip(group.rollouts, group.verdicts, strict=True)
-            ):
-                if len(rows) == self.config.samples_per_step:
-                    return rows
-                teacher = teachers[j]
-                rows.append(
-                    {
-                        "rollout": rollout.id,
-                        "problem": group.problem.id,
-                        "subject": group.problem.subject,
-                        "subtask": group.problem.subtask,
-                        "answer": group.problem.check.answer,
-                        "student_prompt": student_prompt,
-                        "response": rollout.text,
-                        "pieces": self.policy.tokenizer.pieces(rollout.tokens),
-                        "token_nats": [
-                            round(float(x), 4) for x in nats[i, j, : len(rollout.tokens)]
-                        ],
-                        "stop": rollout.stop,
-                        "correct": verdict.correct,
-                        "reward": verdict.reward,
-                        "well_formed": verdict.well_formed,
-                        "feedback": verdict.feedback,
-                        "has_guidance": teacher.has_guidance,
-                        "teacher_prompt": render(teacher.messages),
-                        "cited": list(teacher.cited),
-                        "section_tokens": dict(teacher.section_tokens),
-                        "cut_tokens": dict(teacher.cut_tokens),
-                        "advantage": float(batch.advantage[i, j]) if self.grpo else None,
-                        "loss_nats": float(losses[i, j]) if has_loss[i, j] else None,
-                    }
-                )
-        return rows

@@ -60,6 +60,8 @@ RULES = {
     "checkpoint.py": LEVEL_4,
     # 5: composes the configurations of all rooms
     "config.py": Rule((*ROOMS, *CORRIDOR, "evaluate", "checkpoint")),
+    # 5: what a step found, for the log
+    "steplog.py": Rule((*LEVEL_3.ours, "distill")),
     # 6: the only file where memory meets distillation, and the run around it
     "trainer.py": Rule(("",)),
     "run.py": Rule(("",)),
