@@ -274,6 +274,33 @@ def test_transient_and_frozen_memory_are_values(model, tmp_path, lifetime):
         assert rows[0]["teacher/with_behavior"] > 0  # from the first step
 
 
+def test_a_shuffled_teacher_reads_another_problem_s_memory_and_evaluation_may_read_the_bank(
+    model, tmp_path
+):
+    shown = TeacherConfig(max_prompt_tokens=3000, top_k=1, control="shuffled")
+    folder = run(
+        model,
+        tmp_path,
+        steps=2,
+        teacher=shown,
+        evaluation=EvaluationConfig(num_samples=2, before=False, with_memory=True),
+    )
+    samples = lines(folder, "samples.jsonl")
+    cited = [(row["problem"], key) for row in samples for key in row["cited"]]
+    owners = [(problem, key.split("@")[0]) for problem, key in cited if "#" in key]
+    assert owners and all(problem != owner for problem, owner in owners)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert list(evaluation) == ["after", "after, with memory"]
+    totals = json.loads((folder / "totals.json").read_text())
+    assert (totals["steps"], totals["rollouts"]) == (2, 24)
+    assert totals["trained_tokens"] == sum(len(row["pieces"]) for row in samples)
+
+
+def test_a_run_ends_when_it_has_sampled_its_tokens(model, tmp_path):
+    folder = run(model, tmp_path, max_sampled_tokens=1)
+    assert len(lines(folder)) == 1
+
+
 class Writer(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server that always writes the same behavior."""
 
