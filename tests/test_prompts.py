@@ -1,5 +1,6 @@
 """Prompts and parsers side by side, and the guards of what comes back."""
 
+import hashlib
 import json
 
 import fakes
@@ -17,6 +18,27 @@ DRAFT = {
     "when": "When a SMILES string has rings",
     "instruction": "count the ring atoms one by one before summing",
 }
+
+
+def test_the_version_goes_up_with_the_wording():
+    """Where this fails: raise `prompts.VERSION`, and put the new digest beside it."""
+    attempts, limits = [Attempt("yes", "it was so")], {"strategy": 1, "lesson": 1}
+    notes = [Note("stem", 0.5, ("strategy",), ("lesson",))]
+    chats = [
+        *(
+            prompts.reflection_prompt("question", correct, wrong, 1, 2, previous, limits)
+            for correct, wrong in ((attempts, attempts), (attempts, []), ([], attempts))
+            for previous in ({}, {"strategy": ["before"], "lesson": ["once"]})
+        ),
+        *(
+            prompts.reflection_line_prompt(kind, "stem", attempts, attempts)
+            for kind in ("strategy", "lesson")
+        ),
+        *(prompts.behaviors_prompt(notes, names, 2) for names in ([], ["behavior_a"])),
+        *(prompts.behavior_line_prompt(kind, ["insight"]) for kind in ("skill", "mistake")),
+    ]
+    digest = hashlib.sha256(json.dumps(chats).encode()).hexdigest()
+    assert (prompts.VERSION, digest[:12]) == (1, "5c30854d46e5")
 
 
 # --- insights as JSON ------------------------------------------------------------------------

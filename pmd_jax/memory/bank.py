@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from pmd_jax.memory import Embed, store
+from pmd_jax.memory import Embed, prompts, store
 from pmd_jax.memory.behaviorshelf import BehaviorShelf
 from pmd_jax.memory.journal import Journal
 from pmd_jax.memory.merging import Operation, decide, joined
@@ -46,7 +46,7 @@ class MemoryConfig:
 
     lifetime: "run" keeps memory for the run; "step" forgets it when the next step begins
         (PMD-Transient); "frozen" never changes it.
-    path: folder of a saved bank to start from.
+    path: a saved bank to start from: its folder, a run's, or that of one of a run's steps.
     successes_per_problem, failures_per_problem: experiences; the oldest go first.
     strategies_per_problem, lessons_per_problem: insights; the lowest success ratio goes first,
         then the oldest.
@@ -87,6 +87,7 @@ class Bank:
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
         self._step = 0
+        self._prompts_version: int | None = prompts.VERSION
         self._journal = Journal()
         self._clear()
 
@@ -385,9 +386,9 @@ class Bank:
         if not config.path:
             return cls(config)
         if config.lifetime == "frozen":
-            return cls.load(Path(config.path), config)
+            return cls.load(store.find_bank(Path(config.path)), config)
         bank = cls(config)
-        bank._commit("inherit", 0, records=_inherited(cls.load(Path(config.path))))
+        bank._commit("inherit", 0, records=_inherited(cls.load(store.find_bank(Path(config.path)))))
         return bank
 
     def save(self, folder: Path) -> None:
@@ -396,7 +397,9 @@ class Bank:
         Full segments of events that an earlier save wrote are linked, not written again.
         Raises ValueError where `folder` holds anything else.
         """
-        self._journal.save(folder, {"step": self._step, "config": dataclasses.asdict(self.config)})
+        config = dataclasses.asdict(self.config)
+        header = {"step": self._step, "config": config, "prompts_version": self._prompts_version}
+        self._journal.save(folder, header)
 
     @classmethod
     def load(cls, folder: Path, config: MemoryConfig | None = None) -> Bank:
@@ -406,6 +409,8 @@ class Bank:
         """
         header, journal = Journal.load(folder)
         bank = cls(config or MemoryConfig(**header["config"]))
+        if bank.is_frozen:  # its texts were written by the prompts of then
+            bank._prompts_version = header.get("prompts_version")
         for event in journal:
             bank._apply(event)
         bank._journal = journal

@@ -32,6 +32,9 @@ InsightKind = Literal["strategy", "lesson"]
 BehaviorKind = Literal["skill", "mistake"]
 Problems = Counter[str]
 
+VERSION = 1
+"""Goes up with every change of a prompt's wording. A saved bank names the one that wrote it."""
+
 PLURAL: Mapping[InsightKind, str] = {"strategy": "strategies", "lesson": "lessons"}
 MAX_NAME_CHARS = 60
 MAX_STEM_CHARS = 1200

