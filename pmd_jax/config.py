@@ -23,6 +23,7 @@ from pmd_jax.policy.sampler import EngineConfig
 from pmd_jax.policy.sharding import MeshConfig
 from pmd_jax.rollout import RolloutConfig
 from pmd_jax.tasks.task import TaskConfig
+from pmd_jax.tracking import TrackingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

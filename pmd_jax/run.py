@@ -34,6 +34,7 @@ from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Message
 from pmd_jax.tasks.task import Task, load_task
 from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
+from pmd_jax.tracking import Tracking, check_installed, start_tracking
 from pmd_jax.trainer import NotFinite, StepResult, Trainer, check_fit
 
 MAY_CHANGE = (
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     "engine",
     "samples_per_step",
     "output",
+    "tracking",
 )
 """What a resumed run may set anew; all else must be as it was."""
 
@@ -109,6 +111,7 @@ def prepare(config: RunConfig, resume: bool = False) -> Run:
         checkpointer = Checkpointer(folder / CHECKPOINTS, config.checkpoint)
         stack.callback(checkpointer.close)
         _check_folder(folder, config, checkpointer.latest, resume)
+        check_installed(config.tracking)
         task = load_task(config.task)
         problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
         policy = _load(config, task)
@@ -119,7 +122,9 @@ def prepare(config: RunConfig, resume: bool = False) -> Run:
         writer.rewind(trainer.step_number)
         writer.write_config(settings.to_dict(config))
         copy_model_files(policy.folder, folder / MODEL)
-        return Run(config, trainer, task, writer, checkpointer, stack.pop_all())
+        tracking = start_tracking(config.tracking, folder, settings.to_dict(config), resume)
+        stack.enter_context(tracking)
+        return Run(config, trainer, task, writer, checkpointer, tracking, stack.pop_all())
 
 
 def _load(config: RunConfig, task: Task) -> Policy:
@@ -179,10 +184,12 @@ class Run:
         task: Task,
         writer: RunWriter,
         checkpointer: Checkpointer,
+        tracking: Tracking,
         closing: contextlib.ExitStack,
     ):
         self.config, self.trainer, self.task = config, trainer, task
         self.writer, self.checkpointer, self._closing = writer, checkpointer, closing
+        self.tracking = tracking
         self.began = time.monotonic()
         self.evaluations: list[EvaluationRow] = []
         self.last: Evaluation | None = None
@@ -236,6 +243,8 @@ class Run:
         progress.step_done(step, _report(result.metrics, sampled / seconds))
         if not result.metrics["loss_fraction"]:
             progress.note(f"step {step}: no rollout carried loss; its update changed nothing")
+        for note in self.tracking.notes():
+            progress.note(note)
         done = trainer.step_number
         every = self.config.checkpoint.every
         if every and done % every == 0:
@@ -257,7 +266,7 @@ class Run:
             "peak_memory_gib": peak_memory_gib(),
             **{f"seconds/{name}": s for name, s in self.trainer.watch.take().items()},
         }
-        self.writer.log_step(step, metrics)
+        self.tracking.log(step, self.writer.log_step(step, metrics))
         self.writer.log_samples(step, result.samples)
 
     def evaluate(self, name: str, progress: Progress) -> None:
@@ -284,7 +293,9 @@ class Run:
             config.seed,
             chats,
         )
-        self.writer.write_evaluation(name, {"step": self.trainer.step_number, **scores.to_dict()})
+        step = self.trainer.step_number
+        self.writer.write_evaluation(name, {"step": step, **scores.to_dict()})
+        self.tracking.log_evaluation(step, name, scores.to_dict())
         low, high = scores.interval
         progress.note(
             f"evaluation {name}: avg@{scores.num_samples} {100 * scores.average:.1f}% "

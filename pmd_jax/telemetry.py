@@ -39,6 +39,8 @@ from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from pmd_jax.tracking import scalars
+
 RESERVED = ("step", "seconds", "non_finite")
 
 # --- files ----------------------------------------------------------------------------------
@@ -71,8 +73,8 @@ class RunWriter:
         """The resolved configuration, as plain values, into config.json."""
         _replace(self.folder / "config.json", _document(config))
 
-    def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the numbers among `metrics` as TensorBoard scalars.
+    def log_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """One line of metrics.jsonl, returned, and the numbers among `metrics` to TensorBoard.
 
         metrics: int, float, str, or a scalar array, by name; "loss/kl_nats" goes to the group
         "loss" in TensorBoard, a name without "/" to the group "run".
@@ -86,12 +88,12 @@ class RunWriter:
             "seconds": round(time.monotonic() - self._started, 3),
             **values,
         }
-        if non_finite:
-            line["non_finite"] = non_finite
+        line |= {"non_finite": non_finite} if non_finite else {}
         self._metrics.write(_line(line))
         self._metrics.flush()
         if self._use_tensorboard:
             self._log_scalars(step, values)
+        return line
 
     def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line of samples.jsonl per row, with the step put first. Arrays become lists."""
@@ -141,10 +143,8 @@ class RunWriter:
         if self._tensorboard is None:  # opened late, so that `rewind` can say what to hide
             folder = str(self.folder / "tensorboard")
             self._tensorboard = SummaryWriter(logdir=folder, purge_step=self._purge_step)
-        for name, value in values.items():
-            if not isinstance(value, str) and not _is_non_finite(value):
-                tag = name if "/" in name else f"run/{name}"
-                self._tensorboard.add_scalar(tag, float(value), global_step=step)
+        for tag, value in scalars(values).items():
+            self._tensorboard.add_scalar(tag, value, global_step=step)
 
 
 def _open_lines(path: Path) -> IO[str]:

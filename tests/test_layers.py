@@ -22,7 +22,12 @@ PACKAGE = REPOSITORY / "pmd_jax"
 
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 OUTSIDE = ("configs", "experiments", "tools", "tests")  # they import the library, never it them
-OPTIONAL = ("torch", "transformers", "wandb")  # may be imported in a function, never on load
+OPTIONAL = (
+    "torch",
+    "transformers",
+    "wandb",
+    "mlflow",
+)  # may be imported in a function, never on load
 WATCHED = ("pmd_jax", *JAX, *OUTSIDE)
 
 
@@ -38,7 +43,7 @@ class Rule:
         return within(name, ours + (JAX if self.jax else ()))
 
 
-CORRIDOR = ("rollout", "metrics", "telemetry", "embedding", "endpoint", "ordering")
+CORRIDOR = ("rollout", "metrics", "telemetry", "tracking", "embedding", "endpoint", "ordering")
 LEVEL_3 = Rule(("policy", "tasks", "records", *CORRIDOR))
 LEVEL_4 = Rule((*LEVEL_3.ours, "distill.update", "memory.bank"))
 ROOMS = ("records", "settings", "tasks", "memory", "policy", "distill")
