@@ -238,6 +238,14 @@ def test_a_card_that_says_something_else_is_refused(run, tmp_path, capsys, field
     assert not (tmp_path / "in").exists()
 
 
+def test_a_note_that_was_changed_by_hand_is_told(run, tmp_path, capsys):
+    artefact.export_bank(run, tmp_path / "out")
+    path = tmp_path / "out" / "card.json"
+    path.write_text(path.read_text().replace("its licence applies", "do what you like"))
+    error = refused(capsys, "import", tmp_path / "out", tmp_path / "in")
+    assert "card.json: damaged, it does not give its own sha256" in error
+
+
 def packed(path, members):
     """An archive of (name, content, kind) by hand; kind is "file", "link" or "hard"."""
     if path.suffix == ".zip":
