@@ -131,7 +131,7 @@ def run_cell(study: Study, row: str, seed: int) -> str:
     return f"{lines[-1].removeprefix('error: ')} (exit code {code}; {log})"
 
 
-def run_cells(study: Study, console: Console) -> tuple[list[Cell], dict[tuple[str, int], str]]:
+def run_cells(study: Study) -> tuple[list[Cell], dict[tuple[str, int], str]]:
     """(the cells that are done, what went wrong with the others)."""
     cells, failed = [], {}
     order = [(row, seed) for seed in study.seeds for row in study.rows]
@@ -145,35 +145,33 @@ def run_cells(study: Study, console: Console) -> tuple[list[Cell], dict[tuple[st
             cell = None if wrong else study.done(row, seed)
             if cell is None:
                 failed[row, seed] = wrong or "its run left no totals"
-                console.print(f"{about}: failed: {failed[row, seed]}", highlight=False)
+                print(f"{about}: failed: {failed[row, seed]}", flush=True)
                 continue
         cells.append(cell)
         low, high = cell.evaluation["interval"]
-        console.print(
+        print(
             f"{about}: avg@{cell.evaluation['num_samples']} "
             f"{percent(cell.evaluation['average'])} ({percent(low)} to {percent(high)}), "
             f"well-formed {percent(cell.evaluation['well_formed'])}, "
             f"{duration(time.monotonic() - began)}",
-            highlight=False,
+            flush=True,
         )
     return cells, failed
 
 
-def report(
-    study: Study, cells: Sequence[Cell], failed: dict[tuple[str, int], str], console: Console
-) -> None:
+def report(study: Study, cells: Sequence[Cell], failed: dict[tuple[str, int], str]) -> None:
     """The table on the console and, as JSON, in the study's folder."""
     ordered = sorted(cells, key=lambda cell: (study.rows.index(cell.row), cell.seed))
     rows = compare(ordered, study.reference)
     first = ordered[0].evaluation
-    console.print(rendered(rows, study.reference, first["num_samples"]))
-    console.print(
+    Console().print(rendered(rows, study.reference, first["num_samples"]))
+    print(
         f"{first['num_problems']} {first['split']} questions; chance {percent(first['chance'])}, "
         f"best constant letter {percent(first['constant'])}; intervals over questions",
-        highlight=False,
+        flush=True,
     )
     for (row, seed), wrong in failed.items():
-        console.print(f"failed: {row}, seed {seed}: {wrong}", highlight=False)
+        print(f"failed: {row}, seed {seed}: {wrong}", flush=True)
     content: dict[str, Any] = {
         "reference": study.reference,
         "chance": first["chance"],
@@ -183,7 +181,7 @@ def report(
     }
     file = study.folder / "table.json"
     file.write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"study folder: {study.folder}, its table in {file.name}", highlight=False)
+    print(f"study folder: {study.folder}, its table in {file.name}", flush=True)
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, row in ROWS.items():
             print(f"{name:16} {row.about}")
         return 0
-    console = Console()
     try:
         study = _study(argv)
         open_study(study)
@@ -223,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        cells, failed = run_cells(study, console)
+        cells, failed = run_cells(study)
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return 130
     if cells:
-        report(study, cells, failed, console)
+        report(study, cells, failed)
     else:
         print("error: every cell failed", file=sys.stderr)
     return 1 if failed else 0

@@ -54,17 +54,17 @@ def show(found: Sequence[Scores], asked: Mapping[str, int], console: Console) ->
     strict = found[0].by_verifier["strict"]
     console.print(_main_table(found))
     console.print(_subtasks(found, asked))
-    console.print(
+    print(
         f"chance {percent(strict.chance)}, always {strict.constant_letter} "
         f"{percent(strict.constant)}; fresh: without the "
         f"{strict.num_problems - strict.num_fresh} questions that have a near copy in training",
-        highlight=False,
+        flush=True,
     )
     for scores in found[1:] if found[0].top_k == 0 else found:
-        console.print(
+        print(
             f"{_about(scores)}: {scores.cited:.1f} memories in a prompt, "
             f"{scores.cut_tokens:.0f} tokens of memory had no room",
-            highlight=False,
+            flush=True,
         )
 
 
