@@ -224,7 +224,7 @@ def choose(run: Run, most: int, num_bytes: int) -> list[dict[str, Any]]:
 
 
 def _spread(steps: Sequence[list[int]]) -> list[list[int]]:
-    """Steps in an order whose every beginning is spread over the run: bits of the place reversed."""
+    """Steps in an order whose every beginning is spread over the run: their bits reversed."""
     bits = max(1, (len(steps) - 1).bit_length())
     order = sorted(range(len(steps)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
     return [steps[i] for i in order]

@@ -5,6 +5,7 @@ Left out: what memory did and what steps cost (remembering.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -29,6 +30,7 @@ from tools.report.charts import (
 )
 from tools.report.runs import Run, is_number
 
+BEFORE, BOTH, NONE = "#a08a1e", "#6d737a", "#c3c7cb"  # colours that are no run's
 MAX_PAIRS = 3
 """Pairs of runs whose solved sets are compared; more would be a table that nobody reads."""
 
@@ -140,17 +142,19 @@ def curve(scores: Mapping[str, Any], name: str, end: str) -> dict[int, float]:
     written = scores.get(name)
     if isinstance(written, Mapping) and written:
         return {int(k): v for k, v in sorted(written.items(), key=lambda kv: int(kv[0]))}
-    ends = {1: scores.get("average"), scores.get("num_samples"): scores.get(end)}
-    return {int(k): v for k, v in ends.items() if is_number(k) and is_number(v)}
+    ends = ((1, scores.get("average")), (scores.get("num_samples") or 1, scores.get(end)))
+    return {int(k): float(v) for k, v in ends if v is not None}
 
 
 def scaling(runs: Sequence[Run]) -> Chart:
     title = "Test-time scaling: how much more samples of one problem help"
     figure = line_figure("samples per problem, k", "share of problems", share=True)
-    rows, parts, only_ends = [], [], False
+    rows: list[list[Any]] = []
+    parts, only_ends = [], False
     for number, run in enumerate(runs):
         points = run.points()
-        for name, scores in dict([*points[:1], *points[-1:]]).items():
+        shown = points[-1:] if len(runs) > 1 else [*points[:1], *points[-1:]]
+        for name, scores in dict(shown).items():
             for measure, key, end, dash in (
                 ("pass@k", "pass_at", "best", 0),
                 ("majority@k", "majority_at", "majority", 1),
@@ -159,7 +163,7 @@ def scaling(runs: Sequence[Run]) -> Chart:
                 if len(found) < 2:
                     continue
                 only_ends |= key not in scores
-                faint = len(points) > 1 and name == points[0][0]
+                faint = len(shown) > 1 and name == points[0][0]
                 add_line(
                     figure,
                     list(found),
@@ -167,6 +171,7 @@ def scaling(runs: Sequence[Run]) -> Chart:
                     f"{run.name} {name}: {measure}",
                     number,
                     dash,
+                    legend=not dash,
                     opacity=0.45 if faint else 1,
                     **_interval(scores.get(f"{key}_interval"), found),
                 )
@@ -182,11 +187,12 @@ def scaling(runs: Sequence[Run]) -> Chart:
         return lacking(
             "scaling", title, "No run here has an evaluation with more than one sample a problem."
         )
-    ks = sorted({row[3] for row in rows})
+    ks: list[int] = sorted({row[3] for row in rows})
     figure.update_xaxes(type="log", tickvals=ks, ticktext=[str(k) for k in ks])
     note = (
         "pass@k: share of problems with a correct one among k samples; majority@k: whose most "
-        "frequent answer of k is correct. Solid and dashed; the first evaluation is fainter."
+        "frequent answer of k is correct. pass@k is solid, majority@k dashed; of one run the first "
+        "evaluation is shown too, fainter."
     )
     if only_ends:
         note += " Evaluations that wrote no curve show its two ends, k = 1 and all samples."
@@ -236,16 +242,17 @@ def headroom(runs: Sequence[Run]) -> Chart:
 def solved_sets(runs: Sequence[Run]) -> list[Chart]:
     """Of two runs their last evaluations; of one run its first and its last."""
     title = "Solved sets: which problems one solves and the other does not"
-    ends = [(run, run.points()[-1]) for run in runs if run.points()]
+    ends = [
+        Side(run.name, colour(number), run, run.points()[-1][1])
+        for number, run in enumerate(runs)
+        if run.points()
+    ]
     if len(ends) >= 2:
-        pairs = [
-            (f"{a.name}", x, f"{b.name}", y, a)
-            for (a, (_, x)), (b, (_, y)) in combinations(ends, 2)
-        ]
-    elif ends and len(ends[0][0].points()) >= 2:
-        run, (last, y) = ends[0]
-        first, x = run.points()[0]
-        pairs = [(first, x, last, y, run)]
+        pairs = list(combinations(ends, 2))
+    elif ends and len(ends[0].run.points()) >= 2:
+        run = ends[0].run
+        (first, x), (last, y) = run.points()[0], run.points()[-1]
+        pairs = [(Side(first, BEFORE, run, x), Side(last, colour(0), run, y))]
     else:
         sentence = "Solved sets need two evaluations: of two runs, or before and after one."
         return [lacking("solved", title, sentence)]
@@ -261,27 +268,36 @@ def solved_sets(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
-def compared(
-    key: str, a: str, x: Mapping[str, Any], b: str, y: Mapping[str, Any], run: Run
-) -> Chart:
-    title = f"Solved sets: {a} and {b}"
-    one, other = x.get("per_problem") or {}, y.get("per_problem") or {}
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of two evaluations that are compared."""
+
+    name: str
+    colour: str
+    run: Run
+    scores: Mapping[str, Any]
+
+
+def compared(key: str, a: Side, b: Side) -> Chart:
+    title = f"Solved sets: {a.name} and {b.name}"
+    one, other = (side.scores.get("per_problem") or {} for side in (a, b))
     shared = sorted(one.keys() & other.keys())
     if not shared:
-        return lacking(key, title, f"{a} and {b} were not evaluated on problems in common.")
+        sentence = f"{a.name} and {b.name} were not evaluated on problems in common."
+        return lacking(key, title, sentence)
     rules = (("any sample correct", 0.0), ("most samples correct", 0.5))
-    names = (f"{a} only", f"{b} only", "both", "none")
+    names = (f"{a.name} only", f"{b.name} only", "both", "none")
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for problem in shared:
         for rule, least in rules:
             first, second = one[problem] > least, other[problem] > least
             name = names[0 if first and not second else 1 if second and not first else 2]
-            counts[rule, run.subject(problem)][name if first or second else "none"] += 1
+            counts[rule, a.run.subject(problem)][name if first or second else "none"] += 1
     subjects = sorted({subject for _, subject in counts})
     groups = [(rule, subject) for rule, _ in rules for subject in subjects]
     figure = go.Figure()
     shown = [f"{subject}, {rule}" for rule, subject in groups]
-    for name, tint in zip(names, (colour(0), colour(1), colour(2), "#9a9a9a"), strict=True):
+    for name, tint in zip(names, (a.colour, b.colour, BOTH, NONE), strict=True):
         values = [counts[group][name] for group in groups]
         figure.add_trace(
             go.Bar(y=shown, x=values, name=label(name), orientation="h", marker={"color": tint})
@@ -295,6 +311,8 @@ def compared(
         sums = {name: sum(counts[rule, subject][name] for subject in subjects) for name in names}
         parts.append(f"{rule}: " + ", ".join(f"{name} {count}" for name, count in sums.items()))
     note = f"Counts over the {len(shared)} problems that both evaluations hold."
+    if a.run.config.get("task") != b.run.config.get("task"):
+        note += " The runs' tasks differ, so equal ids may name different problems."
     return draw(key, title, note, joined(parts), figure, ("subject", "solved means", *names), rows)
 
 
@@ -318,7 +336,7 @@ def concepts(runs: Sequence[Run]) -> Chart:
     if not columns:
         return lacking("concepts", title, "No run here logged how often words of memory occur.")
     note = (
-        "strategy, lesson, behavior and their forms in training rollouts, running mean. Dotted: "
+        "The words strategy, lesson, behavior and their forms in training rollouts, running mean. Dotted: "
         "the rate of step 0, which ordinary language has by itself."
     )
     return draw("concepts", title, note, joined(parts), figure, *series_table(columns))

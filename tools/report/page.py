@@ -29,6 +29,7 @@ from tools.report.remembering import cost_charts, memory_charts
 from tools.report.runs import Run, facts
 
 STATIC = Path(__file__).parent / "static"
+HEIGHT = 320  # of a chart that asks for no other, in pixels
 SCRIPTS = ("charts.js", "browser.js", "detail.js")
 
 
@@ -93,7 +94,7 @@ def head(run: Run, number: int) -> str:
     listed = f'<ul class="warning" aria-label="Warnings">{warnings}</ul>' if warnings else ""
     return (
         f'<article class="run" style="border-color: {colour(number)}">'
-        f'<h2 style="border: 0; margin: 0; padding: 0">{html.escape(run.name)}</h2>'
+        f"<h2>{html.escape(run.name)}</h2>"
         f'<p class="state{"" if run.finished else " warning"}">{html.escape(run.state)}</p>'
         f"<dl>{lines}</dl>{listed}</article>"
     )
@@ -111,12 +112,14 @@ def section(key: str, title: str, charts: Sequence[Chart]) -> str:
 def figure(chart: Chart) -> str:
     title = f'<h3 id="title-{chart.key}">{html.escape(chart.title)}</h3>'
     if not chart.figure:
-        return f'<figure id="{chart.key}">{title}<p class="note">{html.escape(chart.missing)}</p></figure>'
+        missing = f'<p class="note">{html.escape(chart.missing)}</p>'
+        return f'<figure id="{chart.key}">{title}{missing}</figure>'
     words = html.escape(chart.alternative)
     return (
         f'<figure id="{chart.key}" aria-labelledby="title-{chart.key}">{title}'
         f"<figcaption>{html.escape(chart.note)}</figcaption>"
-        f'<div class="plot" id="plot-{chart.key}" role="img" aria-label="{words}"></div>'
+        f'<div class="plot" id="plot-{chart.key}" role="img" aria-label="{words}" '
+        f'style="min-height: {chart.figure["layout"].get("height", HEIGHT)}px"></div>'
         f'<details id="data-{chart.key}"><summary>In words and numbers</summary><p>{words}</p>'
         '<div class="table" tabindex="0"></div></details></figure>'
     )

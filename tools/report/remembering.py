@@ -52,7 +52,19 @@ PHASE_COLOURS = (
 )
 STEP = "step (policy updates)"
 NO_BANK = "No run here holds a bank that can be read: none was saved, or the run had no memory."
+KINDS = {
+    "success": "successes",
+    "failure": "failures",
+    "strategy": "strategies",
+    "lesson": "lessons",
+    "behaviors": "behaviors",
+}
 Value = Callable[[StepDynamics], Any]
+
+
+def of_key(field: str, key: str) -> Value:
+    """The value under `key` of one of the dicts of a step's dynamics."""
+    return lambda step: getattr(step, field)[key]
 
 
 def memory_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -65,11 +77,9 @@ def memory_charts(runs: Sequence[Run]) -> list[Chart]:
             "Of the problems in memory, the share that holds as many of a kind as it may; for "
             "behaviors, the filled share of their one capacity. At 100% nothing enters but in "
             "exchange.",
-            [
-                (kind, "share", lambda s, kind=kind: s.at_capacity[kind])
-                for kind in ("success", "failure", "strategy", "lesson", "behaviors")
-            ],
+            [(plural, "share", of_key("at_capacity", kind)) for kind, plural in KINDS.items()],
             share=True,
+            height=125,
         ),
         turnover(runs),
         of_steps(
@@ -78,7 +88,7 @@ def memory_charts(runs: Sequence[Run]) -> list[Chart]:
             "Age of what is in memory",
             "Steps since an entry came, mean over the level. A line that climbs by one a step is a "
             "level that nothing enters.",
-            [(level, "steps", lambda s, level=level: s.mean_age[level]) for level in LEVELS],
+            [(f"{level}s", "steps", of_key("mean_age", level)) for level in LEVELS],
         ),
         retrieval(runs),
         of_steps(
@@ -101,7 +111,7 @@ def memory_charts(runs: Sequence[Run]) -> list[Chart]:
             "Share of new insights that confirm a kept one, and of new behaviors that merge into "
             "one; running mean. Near 100% the writer has nothing new to say.",
             [
-                (level, "share", lambda s, level=level: s.duplicate_rate[level])
+                (f"{level}s", "share", of_key("duplicate_rate", level))
                 for level in ("insight", "behavior")
             ],
             share=True,
@@ -112,7 +122,7 @@ def memory_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def cost_charts(runs: Sequence[Run]) -> list[Chart]:
-    return [*(step_time(run, i if i else 0) for i, run in enumerate(runs)), degenerate(runs)]
+    return [*(step_time(run, i) for i, run in enumerate(runs)), degenerate(runs)]
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -126,9 +136,11 @@ def of_steps(
     lines: Sequence[tuple[str, str, Value]],
     share: bool = False,
     smooth: bool = False,
+    height: int = 190,
 ) -> Chart:
     """One panel for each (name, unit, value of a step's dynamics)."""
-    figure = panels([name for name, _, _ in lines], STEP, [unit for _, unit, _ in lines])
+    units = [unit for _, unit, _ in lines]
+    figure = panels([name for name, _, _ in lines], STEP, units, height)
     columns, parts = [], []
     for number, run in enumerate(runs):
         for panel, (name, _, value) in enumerate(lines, start=1):
@@ -150,7 +162,7 @@ def of_steps(
 
 def sizes(runs: Sequence[Run]) -> Chart:
     """From the metrics, which reach further than a saved bank."""
-    title = "Memory grows until its capacity holds it"
+    title = "How much memory holds"
     names = ("experiences", "insights", "behaviors")
     figure = panels(names, STEP, ("entries",) * 3)
     columns, parts = [], []
@@ -194,15 +206,16 @@ def turnover(runs: Sequence[Run]) -> Chart:
                 if len(known) < len(values):
                     continue
                 drawn = smoothed(known) if len(known) > 40 else known
-                legend = panel == LEVELS.index("behavior") + 1
+                legend = panel == 1 and dash == 0
                 add_line(figure, steps, drawn, f"{run.name}: {name}", number, dash, panel, legend)
                 columns.append((f"{run.name}: {level}s {name}", steps, values))
                 parts.append(f"{run.name}: {level}s {name} {sum(known)} in all")
     if not columns:
         return lacking("turnover", title, NO_BANK)
     note = (
-        "Per step; running mean where there are more than 40 steps. An insight that says what a "
-        "kept one says confirms it, a behavior merges into it; updated: rewritten under its name."
+        "Per step; running mean where there are more than 40 steps. Solid: added; dashed: evicted; "
+        "dotted: insights that confirm a kept one, behaviors merged into one; dash-dotted: behaviors "
+        "rewritten under their name."
     )
     return draw("turnover", title, note, joined(parts), figure, *series_table(columns))
 
@@ -343,7 +356,7 @@ def degenerate(runs: Sequence[Run]) -> Chart:
         ("well_formed", "rollouts well-formed"),
         ("loss_fraction", "rollouts that carried loss"),
     )
-    figure = panels([words for _, words in counters], STEP, ("share",) * len(counters), height=150)
+    figure = panels([words for _, words in counters], STEP, ("share",) * len(counters), height=125)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
     columns, parts = [], []
     for number, run in enumerate(runs):

@@ -222,7 +222,7 @@ def state_of(
         return f"empty: no step was finished{written}", False
     done = int(metrics[-1]["step"]) + 1
     of = f" of {total}" if is_number(total) else ""
-    if is_number(total) and done >= total:
+    if total is not None and is_number(total) and done >= total:
         if "after" in evaluations:
             return f"finished, {done} steps", True
         return (

@@ -164,7 +164,7 @@ function headOf(run, i) {
   if (removed[i] !== null) parts.push(`left at ${removed[i]}`);
   const a = number(browser.query.a, null), b = number(browser.query.b, null);
   if (a !== null && b !== null) parts.unshift(run.difference(i, a, b));
-  return parts.join(" · ");
+  return parts.filter(Boolean).join(" · ");
 }
 
 function rowText(run, i) {
@@ -244,8 +244,8 @@ function setRun(run) {
   options($("kind"), [...new Set(run.entries.kind), "correct", "wrong"].sort(), "any");
   const shown = run.rollouts.id.length.toLocaleString(), logged = run.logged.toLocaleString();
   $("memory-note").textContent = run.size
-    ? `${run.size.toLocaleString()} entries that ever were in memory; ${shown} of ${logged} logged rollouts are in this ` +
-      "report: for each behavior the last whose teacher was shown it, then an equal share of every step, most loss first." +
+    ? `${run.size.toLocaleString()} entries that ever were in memory; ${shown} of ${logged} logged rollouts are in this report` +
+      (shown === logged ? "." : ": for each behavior the last whose teacher was shown it, then an equal share of every step, most loss first.") +
       (run.withoutText ? ` The texts of ${run.withoutText.toLocaleString()} experiences were left out, those that left memory first.` : "") +
       (run.cutTexts ? ` ${run.cutTexts.toLocaleString()} long texts are cut.` : "") +
       " Success ratio: share of correct rollouts an insight was read from; for behaviors the mean of their insights."
@@ -303,6 +303,7 @@ async function startBrowser(numRuns) {
   addEventListener("resize", paint);
   addEventListener("hashchange", onFragment);
   refresh();
+  showDetail({});
   onFragment();
   document.body.dataset.ready = "yes";
 }

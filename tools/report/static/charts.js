@@ -23,14 +23,14 @@ function make(tag, properties = {}, ...children) {
     if (name in element && name !== "list" && name !== "role") element[name] = value;
     else element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
 }
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map();
 
-function themed(layout, plain, width) {
+function themed(layout, plain) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name, light) => (plain ? light : style.getPropertyValue(name).trim());
   const text = colour("--text", "#000"), rule = colour("--rule", "#ccc");
@@ -42,7 +42,7 @@ function themed(layout, plain, width) {
   };
   for (const name of Object.keys(result)) {
     if (/^[xy]axis\d*$/.test(name)) {
-      result[name] = { automargin: true, fixedrange: true, ...result[name], gridcolor: rule,
+      result[name] = { automargin: true, fixedrange: true, exponentformat: "power", ...result[name], gridcolor: rule,
         linecolor: rule, zerolinecolor: rule, tickcolor: rule };
     }
   }
@@ -51,7 +51,7 @@ function themed(layout, plain, width) {
 
 function legendRows(figure, width) {
   const names = figure.data.filter((t) => t.showlegend !== false && t.name).map((t) => t.name);
-  if (names.length < 2 && !figure.data.some((t) => t.showlegend)) return names.length > 1 ? 1 : 0;
+  if (names.length < 2) return 0;
   const widest = Math.max(...names.map((name) => 7 * name.length + 50));
   return Math.ceil(names.length / Math.max(1, Math.floor((width - 70) / widest)));
 }
@@ -59,13 +59,12 @@ function legendRows(figure, width) {
 function draw(chart, plain = false) {
   const place = document.getElementById(`plot-${chart.key}`);
   const width = place.clientWidth, rows = legendRows(chart.figure, width);
-  const top = 30 + 20 * rows;
-  const layout = themed(chart.figure.layout, plain, width);
+  const layout = themed(chart.figure.layout, plain);
   layout.height = (layout.height || 320) + 20 * rows;
-  layout.margin = { l: 58, r: 14, t: top, b: 48 };
+  layout.margin = { l: 58, r: 14, t: 26, b: 48 };
   layout.showlegend = rows > 0;
   layout.legend = { orientation: "h", x: 0, xref: "container", y: 1, yref: "container",
-    yanchor: "top", itemclick: false, itemdoubleclick: false };
+    yanchor: "top", traceorder: "normal", itemclick: false, itemdoubleclick: false };
   const bars = chart.figure.data.some((trace) => trace.type === "bar" || trace.error_x);
   layout.hovermode = bars ? "closest" : "x unified";
   drawn.set(chart.key, chart);
