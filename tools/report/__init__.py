@@ -1,0 +1,1 @@
+"""A run, or several, as one HTML page: figures of learning and memory, a browser of the bank."""
