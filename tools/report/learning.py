@@ -336,8 +336,8 @@ def concepts(runs: Sequence[Run]) -> Chart:
     if not columns:
         return lacking("concepts", title, "No run here logged how often words of memory occur.")
     note = (
-        "The words strategy, lesson, behavior and their forms in training rollouts, running mean. Dotted: "
-        "the rate of step 0, which ordinary language has by itself."
+        "The words strategy, lesson, behavior and their forms in training rollouts, running mean. "
+        "Dotted: the rate of step 0, which ordinary language has by itself."
     )
     return draw("concepts", title, note, joined(parts), figure, *series_table(columns))
 

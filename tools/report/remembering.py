@@ -214,8 +214,8 @@ def turnover(runs: Sequence[Run]) -> Chart:
         return lacking("turnover", title, NO_BANK)
     note = (
         "Per step; running mean where there are more than 40 steps. Solid: added; dashed: evicted; "
-        "dotted: insights that confirm a kept one, behaviors merged into one; dash-dotted: behaviors "
-        "rewritten under their name."
+        "dotted: insights that confirm a kept one, behaviors merged into one; dash-dotted: "
+        "behaviors rewritten under their name."
     )
     return draw("turnover", title, note, joined(parts), figure, *series_table(columns))
 
