@@ -6,6 +6,7 @@ has budgets. The same arguments give the same folder.
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 
 import fakes
@@ -17,11 +18,19 @@ from pmd_jax.records import Behavior, Experience, Insight, Verdict
 from pmd_jax.telemetry import RunWriter
 
 SUBJECTS = ("biology", "chemistry", "material", "physics")
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "mass energy ratio lattice enzyme allele volume pressure charge field decay half life current "
     "multiply divide convert units before after compare option answer check estimate root square "
-    "because therefore when first then given ask sum product inverse linear constant molar atom"
-).split()
+    "because therefore when first then given ask sum product inverse linear constant molar atom",
+)
+SYLLABLES = re.findall(
+    r"\w+", "ba co di fer gu hel ing ka lo men nor pa qui ra sta tion ul ver wo yl ze th mi es"
+)
+PLENTY = WORDS + [
+    "".join(random.Random(number).choices(SYLLABLES, k=1 + number % 4)) for number in range(3000)
+]
+"""Texts of so many different words compress no better than English."""
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 
 
@@ -60,7 +69,7 @@ class Writer:
         self.bank = Bank(MemoryConfig(behaviors=shape.behaviors))
 
     def text(self, words: int) -> str:
-        said = " ".join(self.rng.choices(WORDS, k=words))
+        said = " ".join(self.rng.choices(PLENTY, k=words))
         return f"{said} {HOSTILE}" if self.shape.hostile else said
 
     def write(self) -> Path:
