@@ -246,7 +246,7 @@ function setRun(run) {
   $("memory-note").textContent = run.size
     ? `${run.size.toLocaleString()} entries that ever were in memory; ${shown} of ${logged} logged rollouts are in this report` +
       (shown === logged ? "." : ": for each behavior the last whose teacher was shown it, then an equal share of every step, most loss first.") +
-      (run.withoutText ? ` The texts of ${run.withoutText.toLocaleString()} experiences were left out, those that left memory first.` : "") +
+      (run.withoutText ? ` The texts of ${run.withoutText.toLocaleString()} experiences were left out: those no longer in memory first, and of them the oldest.` : "") +
       (run.cutTexts ? ` ${run.cutTexts.toLocaleString()} long texts are cut.` : "") +
       " Success ratio: share of correct rollouts an insight was read from; for behaviors the mean of their insights."
     : `This run holds no memory that can be read; ${shown} of ${logged} logged rollouts are in this report.`;

@@ -61,7 +61,7 @@ function draw(chart, plain = false) {
   const width = place.clientWidth, rows = legendRows(chart.figure, width);
   const layout = themed(chart.figure.layout, plain);
   layout.height = (layout.height || 320) + 20 * rows;
-  layout.margin = { l: 58, r: 14, t: 26, b: 48 };
+  layout.margin = { l: 58, r: 14, t: "yaxis2" in layout ? 38 : 22, b: 48 };
   layout.showlegend = rows > 0;
   layout.legend = { orientation: "h", x: 0, xref: "container", y: 1, yref: "container",
     yanchor: "top", traceorder: "normal", itemclick: false, itemdoubleclick: false };
