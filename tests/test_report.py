@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from synthetic_run import BUDGETED, HOSTILE, write_run
+from synthetic_run import BUDGETED, HOSTILE, write_large_run, write_run
 
 pytest.importorskip("plotly", reason="pip install -r requirements-report.txt")
 
@@ -297,7 +297,7 @@ def test_without_plotly_one_line_says_what_to_install(run, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_500_steps_and_3000_problems_keeps_the_budget(tmp_path, capsys):
     """Time is printed, not asserted: it belongs to the machine."""
-    text = page(write_run(tmp_path / "run", **BUDGETED), out=tmp_path / "r.html")
+    text = page(write_large_run(tmp_path / "run", **BUDGETED), out=tmp_path / "r.html")
     with capsys.disabled():
         print(f"\n{len(text) / 1e6:.1f} MB;", capsys.readouterr().out)
     assert len(text.encode()) < 40e6

@@ -10,7 +10,7 @@ import time
 from urllib.parse import quote
 
 import pytest
-from synthetic_run import write_run
+from synthetic_run import write_large_run, write_run
 
 pytest.importorskip("playwright", reason="needs: pip install -r requirements-browser.txt")
 pytest.importorskip("plotly", reason="needs: pip install -r requirements-browser.txt")
@@ -79,8 +79,8 @@ class Report:
 class Built:
     """A run, its entries, and its report."""
 
-    def __init__(self, folder, **shape):
-        self.run = read_run(write_run(folder / "run", **shape))
+    def __init__(self, folder, make=write_run, **shape):
+        self.run = read_run(make(folder / "run", **shape))
         self.entries = list(self.run.memory.entries.values())
         self.index = browse(self.run).index
         self.path = folder / "report.html"
@@ -354,7 +354,7 @@ def test_dark_mode_colours_page_and_charts_and_follows_a_change(report):
     page.locator("#plot-accuracy svg.main-svg").first.wait_for()
     dark = page.evaluate(paper), page.evaluate(tick)
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(f"{tick} !== '{dark[1]}'")
+    page.wait_for_function(f"before => {tick} !== before", arg=dark[1])
     light = page.evaluate(paper), page.evaluate(tick)
     assert dark == ("rgb(22, 24, 27)", "rgb(228, 228, 225)")
     assert light == ("rgb(255, 255, 255)", "rgb(28, 29, 31)")
@@ -379,7 +379,15 @@ def test_runs_side_by_side_are_switched_in_the_browser(report, tmp_path):
 
 def test_ten_thousand_entries_stay_responsive(report, tmp_path, capsys):
     """Only rows in sight are in the document, wherever the list is scrolled."""
-    large = Built(tmp_path, steps=60, problems=600, problems_per_step=24, rollouts=8, words=60)
+    large = Built(
+        tmp_path,
+        write_large_run,
+        steps=60,
+        problems=600,
+        problems_per_step=24,
+        rollouts=8,
+        words=60,
+    )
     n = len(large.entries)
     assert n >= 10_000
     opened = report(path=large.path)
@@ -414,7 +422,7 @@ def test_ten_thousand_entries_stay_responsive(report, tmp_path, capsys):
         ),
     )
     timed(
-        "open",
+        "open an entry",
         lambda: page.goto(f"file://{large.path}{memory(entry=large.entries[-1].id)}"),
         lambda: page.wait_for_selector("#detail h3"),
     )
