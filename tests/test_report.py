@@ -13,7 +13,9 @@ pytest.importorskip("plotly", reason="pip install -r requirements-report.txt")
 
 from tools.report import browser
 from tools.report.__main__ import main
+from tools.report.charts import COLOURS
 from tools.report.learning import curve
+from tools.report.page import STATIC
 from tools.report.runs import read_run
 
 
@@ -169,6 +171,22 @@ def test_phases_are_stacked_and_their_parts_are_not(run, tmp_path):
     bars = [trace["name"] for trace in time["figure"]["data"] if trace["type"] == "bar"]
     assert bars == ["attempt", "reflect", "distill"]
     assert time["columns"][-2:] == ["within: idle", "within: sync"]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_runs_colour_is_seen_on_paper_and_in_the_dark(colour):
+    """A contrast of 3 at least (WCAG 2.1, 1.4.11) with both backgrounds of the page."""
+
+    def luminance(text):
+        parts = [int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    papers = re.findall(r"--paper: (#\w{6})", (STATIC / "page.css").read_text())
+    assert len(papers) == 2
+    for paper in papers:
+        low, high = sorted((luminance(colour), luminance(paper)))
+        assert (high + 0.05) / (low + 0.05) >= 3
 
 
 # --- the browser's data -------------------------------------------------------------------------
