@@ -7,13 +7,15 @@ import json
 import re
 
 import pytest
-from synthetic_run import BUDGETED, HOSTILE, write_run
+from synthetic_run import BUDGETED, HOSTILE, write_large_run, write_run
 
 pytest.importorskip("plotly", reason="pip install -r requirements-report.txt")
 
 from tools.report import browser
 from tools.report.__main__ import main
+from tools.report.charts import COLOURS
 from tools.report.learning import curve
+from tools.report.page import STATIC
 from tools.report.runs import read_run
 
 
@@ -171,6 +173,22 @@ def test_phases_are_stacked_and_their_parts_are_not(run, tmp_path):
     assert time["columns"][-2:] == ["within: idle", "within: sync"]
 
 
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_runs_colour_is_seen_on_paper_and_in_the_dark(colour):
+    """A contrast of 3 at least (WCAG 2.1, 1.4.11) with both backgrounds of the page."""
+
+    def luminance(text):
+        parts = [int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    papers = re.findall(r"--paper: (#\w{6})", (STATIC / "page.css").read_text())
+    assert len(papers) == 2
+    for paper in papers:
+        low, high = sorted((luminance(colour), luminance(paper)))
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
 # --- the browser's data -------------------------------------------------------------------------
 
 
@@ -297,7 +315,7 @@ def test_without_plotly_one_line_says_what_to_install(run, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_500_steps_and_3000_problems_keeps_the_budget(tmp_path, capsys):
     """Time is printed, not asserted: it belongs to the machine."""
-    text = page(write_run(tmp_path / "run", **BUDGETED), out=tmp_path / "r.html")
+    text = page(write_large_run(tmp_path / "run", **BUDGETED), out=tmp_path / "r.html")
     with capsys.disabled():
         print(f"\n{len(text) / 1e6:.1f} MB;", capsys.readouterr().out)
     assert len(text.encode()) < 40e6

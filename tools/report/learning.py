@@ -30,7 +30,7 @@ from tools.report.charts import (
 )
 from tools.report.runs import Run, is_number
 
-BEFORE, BOTH, NONE = "#a08a1e", "#6d737a", "#c3c7cb"  # colours that are no run's
+BEFORE, BOTH, NONE = "#7d8c3a", "#6d737a", "#c3c7cb"  # colours that are no run's
 MAX_PAIRS = 3
 """Pairs of runs whose solved sets are compared; more would be a table that nobody reads."""
 

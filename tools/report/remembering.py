@@ -268,7 +268,7 @@ def usefulness(runs: Sequence[Run]) -> Chart:
             )
     if not rows:
         return lacking("utility", title, "No problem was visited twice in the logged rollouts.")
-    figure.update_xaxes(tickformat="+.0%", rangemode="normal", zeroline=True)
+    figure.update_xaxes(tickformat="+.1%", rangemode="normal", zeroline=True)
     figure.update_yaxes(automargin=True, rangemode="normal")
     figure.update_layout(height=150 + 40 * len(rows))
     note = (
@@ -289,12 +289,16 @@ def leaks(runs: Sequence[Run]) -> Chart:
         for panel, name in enumerate(names, start=1):
             steps, values = run.series(name)
             if steps:
-                add_line(figure, steps, values, run.name, number, panel=panel, legend=panel == 1)
+                drawn = smoothed(values) if len(values) > 40 else values
+                add_line(figure, steps, drawn, run.name, number, panel=panel, legend=panel == 1)
                 columns.append((f"{run.name} {name}", steps, values))
                 parts.append(f"{run.name}: {name} {sum(values):g} in all")
     if not columns:
         return lacking("leaks", title, "No run here wrote insights or behaviors.")
-    note = "A text that holds a problem's answer is kept out of memory."
+    note = (
+        "A text that holds a problem's answer is kept out of memory. Running mean where there are "
+        "more than 40 steps."
+    )
     return draw("leaks", title, note, joined(parts), figure, *series_table(columns))
 
 

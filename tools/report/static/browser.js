@@ -102,13 +102,13 @@ function number(text, otherwise) {
   return text === undefined || text === "" || Number.isNaN(Number(text)) ? otherwise : Number(text);
 }
 
-/** Items that the query asks for: [i of an entry], or [i of a rollout] where level is "rollout". */
+/** What the query asks for, newest first: numbers of entries, or of rollouts where level says so. */
 function select(run, query) {
   const words = (query.q ?? "").toLowerCase().split(/\s+/).filter(Boolean);
   const from = number(query.from, -Infinity), to = number(query.to, Infinity);
   if (query.level === "rollout") {
     const { id, step, problem, correct } = run.rollouts;
-    return id.map((_, i) => i).filter((i) =>
+    return id.map((_, i) => i).reverse().filter((i) =>
       step[i] >= from && step[i] <= to &&
       (!query.kind || (query.kind === "correct") === Boolean(correct[i])) &&
       (!query.subject || run.subjects[run.subjectOf[problem[i]]] === query.subject) &&
@@ -120,7 +120,7 @@ function select(run, query) {
   const wanted = run.subjects.indexOf(query.subject);
   const haystack = words.length ? run.haystack() : null;
   const items = [];
-  for (let i = 0; i < run.size; i++) {
+  for (let i = run.size - 1; i >= 0; i--) {
     if (query.level && level[i] !== Number(query.level)) continue;
     if (query.kind && kind[i] !== query.kind) continue;
     if (query.subject && !subject[i].includes(wanted)) continue;

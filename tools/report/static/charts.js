@@ -42,7 +42,8 @@ function themed(layout, plain) {
   };
   for (const name of Object.keys(result)) {
     if (/^[xy]axis\d*$/.test(name)) {
-      result[name] = { automargin: true, fixedrange: true, exponentformat: "power", ...result[name], gridcolor: rule,
+      result[name] = { automargin: true, fixedrange: true, exponentformat: "power",
+        minexponent: 5, separatethousands: true, ...result[name], gridcolor: rule,
         linecolor: rule, zerolinecolor: rule, tickcolor: rule };
     }
   }
