@@ -17,7 +17,7 @@ from pmd_jax.embedding import EmbeddingConfig
 from pmd_jax.evaluate import EvaluationConfig
 from pmd_jax.memory.bank import MemoryConfig
 from pmd_jax.memory.reflection import ReflectionConfig
-from pmd_jax.memory.teacher import TeacherConfig
+from pmd_jax.memory.teacher import MEMORY, TeacherConfig
 from pmd_jax.policy.policy import DTYPES
 from pmd_jax.policy.sampler import EngineConfig
 from pmd_jax.policy.sharding import MeshConfig
@@ -109,10 +109,10 @@ class RunConfig:
                 "teacher.control: 'stale' needs memory.lifetime = 'run', another is as old as it "
                 f"says or never changes; got {lifetime!r}"
             )
-        if control != "none" and not {"insights", "behaviors"} & set(sources):
+        if control != "none" and not MEMORY & set(sources):
             raise ValueError(
-                f"teacher.control: {control!r} needs memory to show, 'insights' or 'behaviors' in "
-                f"teacher.sources; got {sources}"
+                f"teacher.control: {control!r} needs memory to show, one of "
+                f"{', '.join(sorted(MEMORY))} in teacher.sources; got {sources}"
             )
         micro, problems = self.distill.micro_batch, self.rollout.problems_per_step
         if micro and problems % micro:

@@ -53,6 +53,8 @@ from pmd_jax.memory.recall import Recall
 from pmd_jax.memory.reflection import ReflectionConfig, reflect
 from pmd_jax.memory.retrieval import Retriever
 from pmd_jax.memory.teacher import (
+    MEMORY,
+    WRITTEN,
     TeacherConfig,
     build_memory_prompts,
     build_teacher_prompts,
@@ -68,7 +70,6 @@ from pmd_jax.steplog import carries_loss, distillation, grades, rows, teacher_ga
 from pmd_jax.tasks.task import Task
 from pmd_jax.telemetry import Compilations, Progress, Span, Stopwatch
 
-MEMORY_SOURCES = frozenset({"insights", "behaviors"})
 VERIFIERS = 4  # threads that grade responses while others are sampled
 
 
@@ -207,7 +208,7 @@ class Trainer:
         with self.phase("remember", progress):
             news = problems_by_news(groups, step)
             self.bank.remember(step, [e for _, attempts in news.values() for e in attempts])
-        if MEMORY_SOURCES & set(config.teacher.sources):
+        if WRITTEN & set(config.teacher.sources):
             metrics |= self.reflect(step, news, progress)
         if "behaviors" in config.teacher.sources:
             metrics |= self.abstract(step, progress)
@@ -339,10 +340,10 @@ class Trainer:
         what memory said.
         """
         every, sources = self.config.teacher.probe_every, self.config.teacher.sources
-        if not every or step % every or not MEMORY_SOURCES & set(sources):
+        if not every or step % every or not MEMORY & set(sources):
             return {}
         with self.phase("probe", progress):
-            bare = tuple(name for name in sources if name not in MEMORY_SOURCES)
+            bare = tuple(name for name in sources if name not in MEMORY)
             config = dataclasses.replace(self.config.teacher, sources=bare)
             without = self.teacher_prompts(step, groups, config)
             taught = self.taught(groups, without)

@@ -406,6 +406,10 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(model, tmp_path):
         ({"steps": 0}, "config.steps: must be at least 1; got 0"),
         ({"rollout.rollouts_per_problem": 1}, "must be at least 2 where teacher.sources"),
         ({"teacher.sources": ()}, "teacher.sources: must name at least one"),
+        (
+            {"teacher.sources": ("sibling",), "teacher.control": "random"},
+            "teacher.control: 'random' needs memory to show, one of behaviors, experience, ins",
+        ),
         ({"teacher.max_prompt_tokens": 20}, "max_prompt_tokens: .* alone takes"),
         ({"teacher.max_prompt_tokens": 5000}, "must fit the model's 4096 positions; got 5000"),
         ({"distill.micro_batch": 2}, "must divide rollout.problems_per_step, 3; got 2"),

@@ -2,7 +2,7 @@
 
     none      the problem's own insights and kept attempts, and the behaviors nearest to it
     shuffled  those of another problem, which stays the same through the run while it can
-    random    as many insights of each kind, and as many behaviors, drawn from all there are
+    random    as many insights of each kind, kept attempts and behaviors, drawn from all there are
     stale     the problem's own, as memory was `stale_steps` ago
 
 A control shows memory of much the same length that belongs elsewhere: what a policy still gains by
@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pmd_jax.memory.bank import Bank
 from pmd_jax.memory.retrieval import Retriever
@@ -89,16 +89,18 @@ class Recall:
     def _drawn(self, step: int, bank: Bank, problem: Problem, top_k: int) -> Recalled:
         rng = random.Random(self._hash(step, problem.id))
 
-        def draw(count: int, items: Sequence[Insight] | Sequence[Behavior]) -> list:
-            return rng.sample(items, min(count, len(items)))
+        def draw(count: int, items: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(rng.sample(items, min(count, len(items))))
 
-        own = bank.insights(problem.id)
-        others = [i for p in bank.problem_ids if p != problem.id for i in bank.insights(p)]
-        insights: list[Insight] = []
+        own, others = bank.insights(problem.id), [p for p in bank.problem_ids if p != problem.id]
+        elsewhere = [i for p in others for i in bank.insights(p)]
+        insights: tuple[Insight, ...] = ()
         for kind in ("strategy", "lesson"):
             count = sum(i.kind == kind for i in own)
-            insights += draw(count, [i for i in others if i.kind == kind])
-        return Recalled(tuple(insights), (), tuple(draw(top_k, bank.behaviors)))
+            insights += draw(count, [i for i in elsewhere if i.kind == kind])
+        kept = [attempt for p in others for attempt in bank.experiences(p)]
+        attempts = draw(len(bank.experiences(problem.id)), kept)
+        return Recalled(insights, attempts, draw(top_k, bank.behaviors))
 
     def _as_it_was(self, step: int, bank: Bank) -> Bank:
         """The bank of `stale_steps` ago, which follows the bank's events at that distance."""

@@ -26,6 +26,10 @@ from pmd_jax.memory.prompts import without_thinking
 from pmd_jax.memory.recall import Control, Recalled
 from pmd_jax.records import Experience, Message, Problem, Rollout, TeacherPrompt, Verdict
 
+WRITTEN = frozenset({"insights", "behaviors"})
+"""Sources that the model wrote, for which it must reflect."""
+MEMORY = WRITTEN | {"experience"}
+"""Sources that are read from the bank."""
 SOURCES = ("sibling", "feedback", "insights", "behaviors", "experience")
 
 CLOSING = "\n\nCorrectly solve the original question."
