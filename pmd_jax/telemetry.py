@@ -120,10 +120,11 @@ class RunWriter:
         """For a run that resumes at `step`: forgets what was logged of `step` and later.
 
         Drops those lines of metrics.jsonl and samples.jsonl, and a last line that was cut short
-        when the run was killed. TensorBoard hides its own from there on.
+        when the run was killed, and totals.json. TensorBoard hides its own from there on.
         Raises ValueError for a damaged line elsewhere.
         """
         self.close()
+        (self.folder / "totals.json").unlink(missing_ok=True)
         last = _rewind_lines(self.folder / "metrics.jsonl", step)
         _rewind_lines(self.folder / "samples.jsonl", step)
         self._metrics = _open_lines(self.folder / "metrics.jsonl")
@@ -441,7 +442,9 @@ def summary_table(
     constant_letter: score of the best constant answer. loss_fraction: share of all rollouts
     that carried loss. num_tokens: sampled in training, reflections included.
     """
-    table = Table(title="evaluation, no memory in the prompt", title_justify="left")
+    with_memory = any("with memory" in row.name for row in evaluations)
+    title = "evaluation" if with_memory else "evaluation, no memory in the prompt"
+    table = Table(title=title, title_justify="left")
     columns = (f"avg@{num_samples}", "95% interval", f"majority@{num_samples}", "well-formed")
     table.add_column("")
     for column in columns:

@@ -78,6 +78,13 @@ def test_a_run_that_is_not_finished_says_so_at_the_top(tmp_path, shape, said):
     assert said in text and text.index(said) < text.index('id="learning"')
 
 
+def test_a_run_that_ended_with_its_budget_of_tokens_is_finished(tmp_path):
+    folder = write_run(tmp_path / "run", done=3)
+    assert not read_run(folder).finished
+    (folder / "totals.json").write_text("{}")
+    assert (read_run(folder).state, read_run(folder).finished) == ("finished, 3 steps", True)
+
+
 def test_a_killed_run_loses_its_half_line_and_nothing_else(tmp_path):
     folder = write_run(tmp_path / "run", done=3)
     whole = (folder / "metrics.jsonl").read_bytes()

@@ -123,6 +123,12 @@ def test_rewind_continues_the_clock_of_the_steps_it_keeps(writer):
     assert 100 <= rows(writer.folder / "metrics.jsonl")[-1]["seconds"] < 200
 
 
+def test_a_run_that_resumes_is_not_over(writer):
+    writer.write_totals({"steps": 4})
+    writer.rewind(4)
+    assert not (writer.folder / "totals.json").exists()
+
+
 def test_rewind_keeps_a_last_line_that_lacks_only_its_end(writer):
     (writer.folder / "samples.jsonl").write_text('{"step": 0}')
     writer.rewind(5)

@@ -213,6 +213,7 @@ def state_of(
 ) -> tuple[str, bool]:
     """(in words, whether it is finished). From files alone a killed run looks like a going one."""
     total = config.get("steps")
+    over = (folder / "totals.json").exists()  # a run with a budget of tokens ends before `steps`
     last = folder / "metrics.jsonl"
     written = ""
     if last.exists():
@@ -222,6 +223,8 @@ def state_of(
         return f"empty: no step was finished{written}", False
     done = int(metrics[-1]["step"]) + 1
     of = f" of {total}" if is_number(total) else ""
+    if over:
+        return f"finished, {done} steps", True
     if total is not None and is_number(total) and done >= total:
         if "after" in evaluations:
             return f"finished, {done} steps", True
