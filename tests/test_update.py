@@ -35,6 +35,7 @@ from pmd_jax.distill.update import (
     learning_rate,
     loss_and_gradients,
     make_optimizer,
+    make_probe,
     make_train_step,
     rollout_losses,
 )
@@ -108,6 +109,16 @@ def test_a_rollout_without_guidance_has_no_weight_and_no_effect():
     other_loss, _, other_grads = gradients(batch._replace(response=changed))
     np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
     assert_close(grads, other_grads, 1e-7)
+
+
+def test_a_probe_reads_what_the_step_would_and_changes_nothing():
+    mesh, config = single_device_mesh(), DistillConfig()
+    _, [report], _ = trained()
+    state = init_state(params_on(mesh), CONFIG, make_optimizer(OPTIMIZER, CONFIG), mesh, False)
+    known = make_probe(CONFIG, config, mesh, F32)(state, place(toy_batch(), mesh))
+    assert_close(known, report.per_token)
+    assert float(jnp.abs(known.divergence).max()) > 0.05
+    assert_close(state.params, toy_params(), 0)
 
 
 def test_weights_by_hand():
