@@ -68,8 +68,8 @@ class Scores:
     by_verifier: dict[str, Evaluation]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Values that JSON holds; a tuple becomes its list."""
+        return dataclasses.asdict(self)
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 from pmd_jax.metrics import (
     Scores,
     avg_at_k,
+    best_at_k,
     bootstrap_interval,
     concept_frequency,
     curve,
@@ -160,7 +161,7 @@ def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> 
     average = avg_at_k(correct)
     passed = {str(k): pass_at_k(correct, k) for k in curve(num_samples)}
     voted = {str(k): majority_at_k(answers, gold, k) for k in curve(num_samples)}
-    best, majority = passed[str(num_samples)], voted[str(num_samples)]
+    best, majority = best_at_k(correct), voted[str(num_samples)]
     copies = near_copies(problems, task.splits["train"]) if split != "train" else frozenset()
     fresh = average[[problem.id not in copies for problem in problems]]
     subtasks: dict[str, list[float]] = defaultdict(list)

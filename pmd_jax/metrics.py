@@ -13,6 +13,7 @@ uncertainty between seeds of training, which needs several runs.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -81,16 +82,21 @@ def majority_at_k(
 
 
 def _majority_score(answers: Sequence[str], gold: str, k: int) -> float:
-    """Counts the ways to draw k answers, by how often gold is drawn and by how many tie with it."""
     votes = Counter(answer for answer in answers if answer)
     silent = len(answers) - votes.total()
     of_gold = votes.pop(gold, 0)
+    return _majority_of_counts(of_gold, tuple(sorted(votes.values())), silent, k)
+
+
+@functools.lru_cache(maxsize=100_000)  # a set of questions has few different counts
+def _majority_of_counts(of_gold: int, others: tuple[int, ...], silent: int, k: int) -> float:
+    """Counts the ways to draw k answers, by how often gold is drawn and by how many tie with it."""
     ways = 0.0
     for won in range(1, min(of_gold, k) + 1):
         # drawn[t, n]: ways to draw n answers that are not gold, with t of them tied at `won`
-        drawn = np.zeros((len(votes) + 1, k + 1))
+        drawn = np.zeros((len(others) + 1, k + 1))
         drawn[0, 0] = 1.0
-        for count in votes.values():
+        for count in others:
             fewer = [math.comb(count, n) for n in range(min(won, count + 1))]
             tied = math.comb(count, won)
             new = np.zeros_like(drawn)
@@ -103,7 +109,7 @@ def _majority_score(answers: Sequence[str], gold: str, k: int) -> float:
         quiet = np.array([math.comb(silent, rest - n) for n in range(rest + 1)], np.float64)
         shares = 1.0 / (1 + np.arange(len(drawn)))
         ways += math.comb(of_gold, won) * float(shares @ drawn[:, : rest + 1] @ quiet)
-    return ways / math.comb(len(answers), k)
+    return ways / math.comb(of_gold + sum(others) + silent, k)
 
 
 def best_at_k(correct: Bool[np.ndarray, "N K"]) -> Scores:

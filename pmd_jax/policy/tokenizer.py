@@ -117,15 +117,25 @@ class Tokenizer:
         pieces: list[str] = []
         waiting: list[int] = []
         for token in map(int, tokens):
+            if not waiting and (known := self._whole_pieces.get(token)) is not None:
+                pieces.append(known)
+                continue
             waiting.append(token)
             # Behind a token that is plain, where a tokenizer would drop a space that leads a text.
             text = self.decode([*self._anchor, *waiting], False)[len(self._anchor_text) :]
             whole = not text.endswith("\ufffd") or len(waiting) == UTF8_BYTES
             pieces.append(text if whole else "")
+            if whole and len(waiting) == 1:
+                self._whole_pieces[token] = text
             waiting = [] if whole else waiting
         if waiting:
             pieces[-1] = text
         return pieces
+
+    @functools.cached_property
+    def _whole_pieces(self) -> dict[int, str]:
+        """Pieces found so far that are whole by themselves."""
+        return {}
 
     @functools.cached_property
     def _anchor(self) -> list[int]:
