@@ -13,6 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pmd_jax import metrics
 from tools.report.charts import (
     GREY,
     Chart,
@@ -288,11 +289,16 @@ def compared(key: str, a: Side, b: Side) -> Chart:
     rules = (("any sample correct", 0.0), ("most samples correct", 0.5))
     names = (f"{a.name} only", f"{b.name} only", "both", "none")
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for problem in shared:
-        for rule, least in rules:
-            first, second = one[problem] > least, other[problem] > least
-            name = names[0 if first and not second else 1 if second and not first else 2]
-            counts[rule, a.run.subject(problem)][name if first or second else "none"] += 1
+    for rule, least in rules:
+        sets = metrics.solved_sets(
+            {problem: one[problem] for problem in shared},
+            {problem: other[problem] for problem in shared},
+            least,
+        )
+        found_by_name = (sets.only_a, sets.only_b, sets.both, sets.neither)
+        for name, found in zip(names, found_by_name, strict=True):
+            for problem in found:
+                counts[rule, a.run.subject(problem)][name] += 1
     subjects = sorted({subject for _, subject in counts})
     groups = [(rule, subject) for rule, _ in rules for subject in subjects]
     figure = go.Figure()
