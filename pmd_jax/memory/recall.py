@@ -98,9 +98,9 @@ class Recall:
         for kind in ("strategy", "lesson"):
             count = sum(i.kind == kind for i in own)
             insights += draw(count, [i for i in elsewhere if i.kind == kind])
+        behaviors = draw(top_k, bank.behaviors)
         kept = [attempt for p in others for attempt in bank.experiences(p)]
-        attempts = draw(len(bank.experiences(problem.id)), kept)
-        return Recalled(insights, attempts, draw(top_k, bank.behaviors))
+        return Recalled(insights, draw(len(bank.experiences(problem.id)), kept), behaviors)
 
     def _as_it_was(self, step: int, bank: Bank) -> Bank:
         """The bank of `stale_steps` ago, which follows the bank's events at that distance."""
