@@ -1,0 +1,2 @@
+s = input()
+print("2" * s.count("2"))
