@@ -1,0 +1,51 @@
+"""Runs untrusted Python programs under limits, in processes apart from ours.
+
+What is covered, where the kernel gives it (`Protections` says by what, at start):
+    * files: a program reads Python's own modules, numpy and sortedcontainers, nothing else of ours:
+      no repository, checkpoint, environment variable or expected output. It writes into an empty
+      folder that is gone after each test (own root of read-only mounts, or Landlock);
+    * network: none (a namespace without devices, seccomp, Landlock);
+    * processes: a program starts none, signals and traces none but itself, and nothing of it is
+      left when its test ends (PID namespace, seccomp, process group, sub-reaper);
+    * kernel: calls that mount, trace, load, change file metadata, share memory or open sockets fail
+      (seccomp, a denylist), and no privilege is left (capabilities, no_new_privs, a user of its
+      own where the pool runs as root);
+    * CPU time, wall time, address space, output, file size, open files, threads: limits;
+    * the verdict: expected outputs stay with the pool's caller. A program can speak about itself
+      alone: what it prints, returns or reports is compared outside.
+
+What is not:
+    * a bug of the kernel or the processor, side channels, and load: tests share CPUs and caches;
+    * the sum of small files where only Landlock stands: each is limited, all of them are not;
+    * the clock and the machine's kernel version, number of CPUs and uptime, which a program can see;
+    * machines without namespaces, Landlock and seccomp (macOS, old kernels): only the limits hold
+      there. `require = "isolated"` refuses to run on them.
+
+A sandbox that cannot start or run raises SandboxError, and is never taken for a wrong answer.
+
+    pool.py      the servers as the host sees them     server.py    inside: a process for each test
+    program.py   a test's process                      walls.py     namespaces, Landlock, limits
+    seccomp.py   the filter of system calls
+
+The last four import nothing of the package and run where nothing else of it can be read.
+"""
+
+from pmd_jax.tasks.sandbox.pool import (
+    Execution,
+    Program,
+    Protections,
+    Rules,
+    Sandbox,
+    SandboxConfig,
+    SandboxError,
+)
+
+__all__ = [
+    "Execution",
+    "Program",
+    "Protections",
+    "Rules",
+    "Sandbox",
+    "SandboxConfig",
+    "SandboxError",
+]
