@@ -47,6 +47,33 @@ class MultipleChoice:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class UnitTests:
+    """How a programming problem is graded: its code must pass every test.
+
+    inputs, outputs: one text each per test, of standard input and output; or, where `function`
+    names what is called, one JSON value a line per argument, and the JSON value that it returns.
+    time_limit_seconds: CPU time of one test.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    function: str = ""
+    time_limit_seconds: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.inputs or len(self.inputs) != len(self.outputs):
+            raise ValueError(
+                f"inputs, outputs: must be as many, one or more; got {len(self.inputs)} and "
+                f"{len(self.outputs)}"
+            )
+        if self.time_limit_seconds <= 0:
+            raise ValueError(f"time_limit_seconds: must be above 0; got {self.time_limit_seconds}")
+
+
+Check = MultipleChoice | UnitTests
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
     """One question. `question` is the user's turn, options included; `stem` is without them.
 
@@ -59,7 +86,7 @@ class Problem:
     stem: str
     question: str
     system: str
-    check: MultipleChoice
+    check: Check
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -81,12 +108,18 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says of one response. reward in [0, 1]; feedback is "" when there is none."""
+    """What a verifier says of one response. reward in [0, 1]; feedback is "" when there is none.
+
+    tests_passed: of a program, the share of its tests; None of other answers.
+    revealed: the share of the feedback's characters that expected outputs make up.
+    """
 
     correct: bool
     reward: float
     feedback: str
     well_formed: bool
+    tests_passed: float | None = None
+    revealed: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,9 +219,11 @@ def from_dict(kind: type[Record], fields: Mapping[str, Any]) -> Record:
 
     Raises ValueError naming the fields that are missing or unknown.
     """
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if set(fields) != known:
-        missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
+    declared = dataclasses.fields(kind)  # type: ignore[arg-type]
+    known = {f.name for f in declared}
+    needed = {f.name for f in declared if f.default is dataclasses.MISSING}
+    if not needed <= set(fields) <= known:
+        missing, unknown = sorted(needed - set(fields)), sorted(set(fields) - known)
         raise ValueError(f"{kind.__name__}: missing fields {missing}, unknown fields {unknown}")
 
     def restored(name: str, value: Any) -> Any:

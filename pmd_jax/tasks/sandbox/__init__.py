@@ -17,7 +17,7 @@ What is covered, where the kernel gives it (`Protections` says by what, at start
 What is not:
     * a bug of the kernel or the processor, side channels, and load: tests share CPUs and caches;
     * the sum of small files where only Landlock stands: each is limited, all of them are not;
-    * the clock and the machine's kernel version, number of CPUs and uptime, which a program can see;
+    * the clock and the machine's kernel version, number of CPUs and uptime: a program sees them;
     * machines without namespaces, Landlock and seccomp (macOS, old kernels): only the limits hold
       there. `require = "isolated"` refuses to run on them.
 
