@@ -164,10 +164,14 @@ def report(study: Study, cells: Sequence[Cell], failed: dict[tuple[str, int], st
     ordered = sorted(cells, key=lambda cell: (study.rows.index(cell.row), cell.seed))
     rows = compare(ordered, study.reference)
     first = ordered[0].evaluation
+    guesses = (
+        f"chance {percent(first['chance'])}, best constant letter {percent(first['constant'])}; "
+        if first["constant"] is not None
+        else ""
+    )
     Console().print(rendered(rows, study.reference, first["num_samples"]))
     print(
-        f"{first['num_problems']} {first['split']} questions; chance {percent(first['chance'])}, "
-        f"best constant letter {percent(first['constant'])}; intervals over questions",
+        f"{first['num_problems']} {first['split']} questions; {guesses}intervals over questions",
         flush=True,
     )
     for (row, seed), wrong in failed.items():

@@ -51,13 +51,16 @@ def _run(spec: str, overrides: list[str], flags: argparse.Namespace) -> None:
 
 def show(found: Sequence[Scores], asked: Mapping[str, int], console: Console) -> None:
     """What a person reads. asked: questions by subtask."""
-    strict = found[0].by_verifier["strict"]
+    first = found[0].first
     console.print(_main_table(found))
     console.print(_subtasks(found, asked))
+    guesses = ""
+    if first.constant is not None:
+        guesses = f"chance {percent(first.chance)}, always {first.constant_letter} "
+        guesses += f"{percent(first.constant)}; "
     print(
-        f"chance {percent(strict.chance)}, always {strict.constant_letter} "
-        f"{percent(strict.constant)}; fresh: without the "
-        f"{strict.num_problems - strict.num_fresh} questions that have a near copy in training",
+        f"{guesses}fresh: without the {first.num_problems - first.num_fresh} questions that have "
+        f"a near copy in training",
         flush=True,
     )
     for scores in found[1:] if found[0].top_k == 0 else found:
@@ -81,7 +84,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _main_table(found: Sequence[Scores]) -> Table:
-    one = found[0].by_verifier["strict"]
+    one = found[0].first
     k = one.num_samples
     table = _table(
         f"{found[0].policy}, {one.num_problems} {one.split} questions, in %",
@@ -89,7 +92,7 @@ def _main_table(found: Sequence[Scores]) -> Table:
         "verifier",
         f"avg@{k}",
         "95%",
-        f"maj@{k}",
+        f"maj@{k}" if one.tests_passed is None else "tests",
         f"best@{k}",
         "headroom",
         "fresh",
@@ -98,7 +101,8 @@ def _main_table(found: Sequence[Scores]) -> Table:
     for scores in found:
         for mode, each in scores.by_verifier.items():
             low, high = each.interval
-            numbers = (each.average, each.majority, each.best, each.headroom, each.fresh)
+            third = each.majority if each.tests_passed is None else each.tests_passed
+            numbers = (each.average, third, each.best, each.headroom, each.fresh)
             average, *rest = ("-" if x is None else f"{100 * x:.1f}" for x in numbers)
             interval = f"{100 * low:.1f} to {100 * high:.1f}"
             table.add_row(
@@ -114,10 +118,13 @@ def _main_table(found: Sequence[Scores]) -> Table:
 
 def _subtasks(found: Sequence[Scores], asked: Mapping[str, int]) -> Table:
     table = _table(
-        "by subtask and memory, strict, in %", "subtask", "questions", *map(_about, found)
+        f"by subtask and memory, {next(iter(found[0].by_verifier))}, in %",
+        "subtask",
+        "questions",
+        *map(_about, found),
     )
     for name, count in sorted(asked.items()):
-        values = (scores.by_verifier["strict"].by_subtask[name] for scores in found)
+        values = (scores.first.by_subtask[name] for scores in found)
         table.add_row(name, str(count), *(f"{100 * value:.1f}" for value in values))
     return table
 

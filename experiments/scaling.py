@@ -20,7 +20,7 @@ from rich.table import Table
 
 from experiments import scoring
 from experiments.scoring import Scores
-from pmd_jax.evaluate import Evaluation
+from pmd_jax.evaluate import Evaluation, Interval
 from pmd_jax.metrics import solved_sets
 from pmd_jax.tasks.task import load_task
 from pmd_jax.telemetry import percent
@@ -30,33 +30,42 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", action="append", required=True, help="a run, a folder, ...; again for more"
     )
-    parser.add_argument("--verifier", choices=scoring.VERIFIERS, default="strict")
     scoring.add_flags(parser)
+    scoring.add_verifier(parser)
 
 
 def _run(spec: str, overrides: list[str], flags: argparse.Namespace) -> None:
     config = scoring.configuration(spec, overrides, flags.policy[0], flags)
     task, console = load_task(config.task), Console()
+    verifier = scoring.chosen_verifier(flags.verifier, task)
     found = []
     for path in flags.policy:
         policy = scoring.load(path, config, task)
         found.append(scoring.scores_of(path, policy, task, config))
-        console.print(curve_table(path, found[-1].by_verifier[flags.verifier]))
+        console.print(curve_table(path, found[-1].by_verifier[verifier]))
     if len(found) > 1:
-        console.print(solved_table(found, flags.verifier))
-    scoring.write(flags.out, found, verifier=flags.verifier, seed=config.seed)
+        console.print(solved_table(found, verifier))
+    scoring.write(flags.out, found, verifier=verifier, seed=config.seed)
 
 
 def curve_table(policy: str, found: Evaluation) -> Table:
     table = Table(title=f"{policy}, {found.num_problems} {found.split} questions", box=SIMPLE_HEAD)
-    for heading in ("k", "pass@k", "95%", "majority@k", "95%", "headroom"):
+    votes = ("majority@k", "95%", "headroom") if found.majority_at else ()
+    for heading in ("k", "pass@k", "95%", *votes):
         table.add_column(heading, justify="right")
     for k, passed in found.pass_at.items():
-        voted = found.majority_at[k]
-        intervals = (found.pass_at_interval[k], found.majority_at_interval[k])
-        first, second = (f"{100 * low:.1f} to {100 * high:.1f}" for low, high in intervals)
-        table.add_row(k, percent(passed), first, percent(voted), second, percent(passed - voted))
+        cells = [k, percent(passed), _range(found.pass_at_interval[k])]
+        if votes:
+            voted = found.majority_at[k]
+            cells += [percent(voted), _range(found.majority_at_interval[k])]
+            cells.append(percent(passed - voted))
+        table.add_row(*cells)
     return table
+
+
+def _range(interval: Interval) -> str:
+    low, high = interval
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def solved_table(found: Sequence[Scores], verifier: str) -> Table:

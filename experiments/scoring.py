@@ -38,10 +38,7 @@ from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Message
 from pmd_jax.rollout import Group
 from pmd_jax.tasks.task import Task, TaskConfig
-from pmd_jax.tasks.verifiers import Mode
 from pmd_jax.trainer import check_fit
-
-VERIFIERS: tuple[Mode, ...] = ("strict", "lenient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +64,11 @@ class Scores:
     cut_tokens: float
     by_verifier: dict[str, Evaluation]
 
+    @property
+    def first(self) -> Evaluation:
+        """As the strictest, or the official, verifier grades."""
+        return next(iter(self.by_verifier.values()))
+
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON holds; a tuple becomes its list."""
         return dataclasses.asdict(self)
@@ -84,6 +86,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, help="samples of each question")
     parser.add_argument("--out", type=Path, help="a new JSON file for all scores")
+
+
+def add_verifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verifier",
+        default="",
+        help="strict or lenient of letters, official or sdpo of programs; the first by default",
+    )
+
+
+def chosen_verifier(name: str, task: Task) -> str:
+    """The verifier that `--verifier` names, or the task's first. Raises ValueError."""
+    known = list(task.verifiers())
+    if name and name not in known:
+        raise ValueError(
+            f"--verifier: must be one of {', '.join(known)} for {task.config.name}; got {name!r}"
+        )
+    return name or known[0]
 
 
 def configuration(spec: str, overrides: Sequence[str], policy: str, flags: Any) -> RunConfig:
@@ -192,14 +212,14 @@ def scores_of(
         top_k=memory.top_k if memory else 0,
         cited=cited,
         cut_tokens=cut,
-        by_verifier={mode: _graded(groups, task, config, mode, seconds) for mode in VERIFIERS},
+        by_verifier={
+            name: _graded(groups, dataclasses.replace(task, verifier=verifier), config, seconds)
+            for name, verifier in task.verifiers().items()
+        },
     )
 
 
-def _graded(
-    groups: Sequence[Group], task: Task, config: RunConfig, mode: Mode, seconds: float
-) -> Evaluation:
-    task = dataclasses.replace(task, config=dataclasses.replace(task.config, verifier=mode))
+def _graded(groups: Sequence[Group], task: Task, config: RunConfig, seconds: float) -> Evaluation:
     graded = [
         dataclasses.replace(
             group,

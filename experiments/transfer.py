@@ -34,8 +34,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
             f"--{name}", action="append", required=True, help=f"{what}; again for more"
         )
     parser.add_argument("--top-k", default="1,3,5", help="behaviors in the prompt (1,3,5)")
-    parser.add_argument("--verifier", choices=scoring.VERIFIERS, default="strict")
     scoring.add_flags(parser)
+    scoring.add_verifier(parser)
 
 
 def _run(spec: str, overrides: list[str], flags: argparse.Namespace) -> None:
@@ -43,15 +43,16 @@ def _run(spec: str, overrides: list[str], flags: argparse.Namespace) -> None:
     ks = scoring.whole_numbers("--top-k", flags.top_k, least=1)
     memories = [memory for bank in flags.bank for memory in scoring.read_memory(bank, ks)]
     task, console = load_task(config.task), Console()
+    verifier = scoring.chosen_verifier(flags.verifier, task)
     found = []
     for path in flags.policy:
         policy = scoring.load(path, config, task, with_memory=True)
         of_policy = [
             scoring.scores_of(path, policy, task, config, memory) for memory in (None, *memories)
         ]
-        console.print(grid(of_policy, flags.verifier))
+        console.print(grid(of_policy, verifier))
         found += of_policy
-    scoring.write(flags.out, found, verifier=flags.verifier, seed=config.seed)
+    scoring.write(flags.out, found, verifier=verifier, seed=config.seed)
 
 
 def grid(found: Sequence[Scores], verifier: str) -> Table:

@@ -26,8 +26,8 @@ from pmd_jax.metrics import (
     pass_at_k,
 )
 from pmd_jax.policy.policy import Policy
-from pmd_jax.records import Message, Problem, Split
-from pmd_jax.rollout import Group, attempt, name_seed, verify
+from pmd_jax.records import Message, MultipleChoice, Problem, Split
+from pmd_jax.rollout import Grading, Group, attempt, name_seed
 from pmd_jax.tasks.copies import near_copies
 from pmd_jax.tasks.task import Task, baselines
 
@@ -68,7 +68,9 @@ class Evaluation:
     """Scores of one policy on one split; shares in [0, 1], intervals 95% over questions.
 
     average: avg@k, k = num_samples. pass_at, majority_at: by the number of samples, "1" to k, of
-    which `majority` and `best` are the last. headroom: best@k - majority@k. fresh: avg@k of the
+    which `majority` and `best` are the last. headroom: best@k - majority@k. tests_passed: the share
+    of unit tests, averaged over samples; a sample is correct when it passes all. Programs are not
+    voted on nor guessed, and letters have no tests: None and empty. fresh: avg@k of the
     num_fresh questions without a near copy among the training ones, None where there are none.
     by_subtask, per_problem: avg@k.
     """
@@ -78,17 +80,19 @@ class Evaluation:
     num_samples: int
     average: float
     interval: Interval
-    majority: float
-    majority_interval: Interval
+    tests_passed: float | None
+    tests_passed_interval: Interval | None
+    majority: float | None
+    majority_interval: Interval | None
     best: float
-    headroom: float
+    headroom: float | None
     pass_at: dict[str, float]
     pass_at_interval: dict[str, Interval]
     majority_at: dict[str, float]
     majority_at_interval: dict[str, Interval]
     well_formed: float
-    chance: float
-    constant: float
+    chance: float | None
+    constant: float | None
     constant_letter: str
     num_fresh: int
     fresh: float | None
@@ -135,19 +139,21 @@ def answer(
 ) -> list[Group]:
     """The policy's graded samples of each problem."""
     problems = chosen_problems(task, config)
-    attempts = attempt(
-        policy,
-        task,
-        problems,
-        config.num_samples,
-        config.max_new_tokens or max_new_tokens,
-        step=0,
-        seed=name_seed(seed, "evaluate"),
-        temperature=config.temperature,
-        top_p=config.top_p,
-        messages=messages,
-    )
-    return verify(task, problems, attempts)
+    with Grading(task) as grading:
+        attempts = attempt(
+            policy,
+            task,
+            problems,
+            config.num_samples,
+            config.max_new_tokens or max_new_tokens,
+            step=0,
+            seed=name_seed(seed, "evaluate"),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            on_rollout=grading,
+            messages=messages,
+        )
+        return grading.groups(problems, attempts)
 
 
 def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> Evaluation:
@@ -155,13 +161,12 @@ def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> 
     problems = [group.problem for group in groups]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     correct = np.array([[v.correct for v in group.verdicts] for group in groups])
-    answers = [[task.answer(g.problem, r.text) for r in g.rollouts] for g in groups]
-    gold = [problem.check.answer for problem in problems]
     num_samples = correct.shape[1]
     average = avg_at_k(correct)
     passed = {str(k): pass_at_k(correct, k) for k in curve(num_samples)}
-    voted = {str(k): majority_at_k(answers, gold, k) for k in curve(num_samples)}
-    best, majority = best_at_k(correct), voted[str(num_samples)]
+    voted = majorities(groups, task)
+    best, majority = best_at_k(correct), voted.get(str(num_samples))
+    tests = tests_passed(groups)
     copies = near_copies(problems, task.splits["train"]) if split != "train" else frozenset()
     fresh = average[[problem.id not in copies for problem in problems]]
     subtasks: dict[str, list[float]] = defaultdict(list)
@@ -176,18 +181,20 @@ def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> 
         num_samples=num_samples,
         average=float(average.mean()),
         interval=bootstrap_interval(average),
-        majority=float(majority.mean()),
-        majority_interval=bootstrap_interval(majority),
+        tests_passed=None if tests is None else float(tests.mean()),
+        tests_passed_interval=None if tests is None else bootstrap_interval(tests),
+        majority=None if majority is None else float(majority.mean()),
+        majority_interval=None if majority is None else bootstrap_interval(majority),
         best=float(best.mean()),
-        headroom=float(best.mean() - majority.mean()),
+        headroom=None if majority is None else float(best.mean() - majority.mean()),
         pass_at=_means(passed),
         pass_at_interval=_intervals(passed),
         majority_at=_means(voted),
         majority_at_interval=_intervals(voted),
         well_formed=float(np.mean([v.well_formed for g in groups for v in g.verdicts])),
-        chance=float(scores["chance"]),
-        constant=float(scores["constant"]),
-        constant_letter=str(scores["constant_letter"]),
+        chance=scores.chance,
+        constant=scores.constant,
+        constant_letter=scores.constant_letter,
         num_fresh=len(fresh),
         fresh=float(fresh.mean()) if len(fresh) else None,
         fresh_interval=bootstrap_interval(fresh) if len(fresh) else None,
@@ -197,6 +204,24 @@ def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> 
         response_tokens=num_tokens,
         seconds=seconds,
     )
+
+
+def majorities(groups: Sequence[Group], task: Task) -> dict[str, Scores]:
+    """majority@k of each question by k; empty where the answers are programs."""
+    checks = [group.problem.check for group in groups]
+    gold = [check.answer for check in checks if isinstance(check, MultipleChoice)]
+    if not gold:
+        return {}
+    answers = [[task.answer(g.problem, r.text) for r in g.rollouts] for g in groups]
+    return {str(k): majority_at_k(answers, gold, k) for k in curve(len(answers[0]))}
+
+
+def tests_passed(groups: Sequence[Group]) -> Scores | None:
+    """Of each question, the share of unit tests that its samples pass; None without tests."""
+    shares = [[v.tests_passed for v in group.verdicts] for group in groups]
+    if any(share is None for row in shares for share in row):
+        return None
+    return np.array(shares, np.float64).mean(axis=1)
 
 
 def _means(scores: dict[str, Scores]) -> dict[str, float]:

@@ -77,7 +77,7 @@ Check = MultipleChoice | UnitTests
 class Problem:
     """One question. `question` is the user's turn, options included; `stem` is without them.
 
-    id: "<task>/<subject>/<split>/<number>", unique over everything that a run may read.
+    id: "<task>/<subject>/<split>/<name>", unique over everything that a run may read.
     """
 
     id: str
@@ -87,6 +87,10 @@ class Problem:
     question: str
     system: str
     check: Check
+
+    @property
+    def split(self) -> str:
+        return self.id.split("/")[-2]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

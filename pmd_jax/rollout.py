@@ -9,9 +9,10 @@ problems share a step.
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from pmd_jax.policy.policy import Policy
 from pmd_jax.policy.sampler import Sample
@@ -112,26 +113,36 @@ def attempt(
     }
 
 
-def verify(
-    task: Task,
-    problems: Sequence[Problem],
-    attempts: Attempts,
-    begun: Mapping[str, Future[Verdict]] | None = None,
-) -> list[Group]:
-    """Grades every rollout by its text. begun: {rollout id: its grading, under way already}."""
-    begun = begun or {}
+class Grading:
+    """Grades each response, on threads, while others are sampled: `attempt`'s on_rollout.
 
-    def grade(problem: Problem, rollout: Rollout) -> Verdict:
-        if rollout.id in begun:
-            return begun[rollout.id].result()
-        return task.verify(problem, rollout.text)
+    with Grading(task) as grading:
+        attempts = attempt(..., on_rollout=grading)
+        groups = grading.groups(problems, attempts)
+    """
 
-    groups = []
-    for problem in problems:
-        prompt, rollouts = attempts[problem.id]
-        verdicts = tuple(grade(problem, rollout) for rollout in rollouts)
-        groups.append(Group(problem, prompt, rollouts, verdicts))
-    return groups
+    def __init__(self, task: Task):
+        self._task = task
+        self._threads = ThreadPoolExecutor(max(4, os.cpu_count() or 1))
+        self._begun: dict[str, Future[Verdict]] = {}
+
+    def __call__(self, problem: Problem, rollout: Rollout) -> None:
+        self._begun[rollout.id] = self._threads.submit(self._task.verify, problem, rollout.text)
+
+    def groups(self, problems: Sequence[Problem], attempts: Attempts) -> list[Group]:
+        """All verdicts, once they are there. Raises what a verifier raised."""
+        groups = []
+        for problem in problems:
+            prompt, rollouts = attempts[problem.id]
+            verdicts = tuple(self._begun[rollout.id].result() for rollout in rollouts)
+            groups.append(Group(problem, prompt, rollouts, verdicts))
+        return groups
+
+    def __enter__(self) -> Grading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
 
 
 def make_generate(

@@ -32,6 +32,7 @@ from pmd_jax.policy.saved import CHECKPOINTS, MODEL, copy_model_files
 from pmd_jax.policy.sharding import batch_shards, make_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Message
+from pmd_jax.tasks.sandbox import SandboxError
 from pmd_jax.tasks.task import Task, load_task
 from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
 from pmd_jax.tracking import Tracking, check_installed, start_tracking
@@ -88,7 +89,7 @@ class NothingLearned(RuntimeError):
     """The run came to its end, and not one of its rollouts carried loss."""
 
 
-FAILURES = (NotFinite, NothingLearned, EndpointError, OSError)
+FAILURES = (NotFinite, NothingLearned, EndpointError, SandboxError, OSError)
 """How a run may fail that was well prepared: the world's fault or the settings', and no bug."""
 
 
@@ -207,6 +208,8 @@ class Run:
     def _run(self) -> Outcome:
         config, trainer = self.config, self.trainer
         with Progress(config.steps, trainer.step_number) as progress:
+            if self.task.verifier.about:
+                progress.note(self.task.verifier.about)
             interrupts = Interrupts(progress.note)
             if trainer.step_number == 0 and config.evaluation.before:
                 self.evaluate("before", progress)
@@ -312,7 +315,12 @@ class Run:
         summary_table(
             [
                 EvaluationRow(
-                    name, s["average"], tuple(s["interval"]), s["majority"], s["well_formed"]
+                    name,
+                    s["average"],
+                    tuple(s["interval"]),
+                    s["majority"],
+                    s["tests_passed"],
+                    s["well_formed"],
                 )
                 for name, s in saved.items()
             ],

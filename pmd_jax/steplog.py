@@ -19,7 +19,7 @@ from pmd_jax.distill.objectives import response_mask
 from pmd_jax.distill.update import StepReport, rollout_losses
 from pmd_jax.metrics import concept_frequency
 from pmd_jax.policy.tokenizer import Tokenizer
-from pmd_jax.records import TeacherPrompt
+from pmd_jax.records import MultipleChoice, Problem, TeacherPrompt, Verdict
 from pmd_jax.rollout import Group
 from pmd_jax.tasks.task import Task
 
@@ -41,8 +41,27 @@ def grades(groups: Sequence[Group]) -> dict[str, float]:
         "response_tokens": num_tokens / len(rollouts),
         "groups/all_solved": float(np.mean([all(group) for group in solved])),
         "groups/none_solved": float(np.mean([not any(group) for group in solved])),
+        **_of_programs(verdicts),
         **concept_frequency([rollout.text for rollout in rollouts], num_tokens),
     }
+
+
+def _of_programs(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """What only programs have: tests passed, and how much of the feedback gives outputs away."""
+    passed = [v.tests_passed for v in verdicts if v.tests_passed is not None]
+    if not passed:
+        return {}
+    said = [v.revealed for v in verdicts if v.feedback]
+    return {
+        "tests_passed": float(np.mean(passed)),
+        "feedback/share": len(said) / len(verdicts),
+        "feedback/revealed": float(np.mean(said)) if said else 0.0,
+    }
+
+
+def right_answer(problem: Problem) -> str:
+    """The letter of a choice; "" of a programming problem, which has no one answer."""
+    return problem.check.answer if isinstance(problem.check, MultipleChoice) else ""
 
 
 def carries_loss(batch: DistillBatch, grpo: bool) -> Bool[np.ndarray, "N G"]:
@@ -127,7 +146,7 @@ def rows(
                     "problem": group.problem.id,
                     "subject": group.problem.subject,
                     "subtask": group.problem.subtask,
-                    "answer": group.problem.check.answer,
+                    "answer": right_answer(group.problem),
                     "student_prompt": student_prompt,
                     "response": rollout.text,
                     "pieces": tokenizer.pieces(rollout.tokens),
@@ -136,7 +155,9 @@ def rows(
                     "correct": verdict.correct,
                     "reward": verdict.reward,
                     "well_formed": verdict.well_formed,
+                    "tests_passed": verdict.tests_passed,
                     "feedback": verdict.feedback,
+                    "revealed": verdict.revealed,
                     "has_guidance": teacher.has_guidance,
                     "teacher_prompt": render(teacher.messages),
                     "cited": list(teacher.cited),

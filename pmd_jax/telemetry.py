@@ -421,6 +421,7 @@ class EvaluationRow:
     average: float
     interval: tuple[float, float] | None = None
     majority: float | None = None
+    tests_passed: float | None = None
     well_formed: float | None = None
 
 
@@ -428,8 +429,8 @@ def summary_table(
     evaluations: Sequence[EvaluationRow],
     *,
     num_samples: int,
-    chance: float,
-    constant_letter: float,
+    chance: float | None,
+    constant_letter: float | None,
     memory_sizes: Mapping[str, int],
     loss_fraction: float | None,
     seconds: float,
@@ -439,13 +440,16 @@ def summary_table(
     """Prints what a run came to, with the scores that need no policy beside its own.
 
     num_samples: the k of avg@k and majority@k. chance: expected score of a uniform guess.
-    constant_letter: score of the best constant answer. loss_fraction: share of all rollouts
+    constant_letter: score of the best constant answer, None of both where answers are programs,
+    which have the share of tests passed instead of majority@k. loss_fraction: share of all rollouts
     that carried loss. num_tokens: sampled in training, reflections included.
     """
     with_memory = any("with memory" in row.name for row in evaluations)
     title = "evaluation" if with_memory else "evaluation, no memory in the prompt"
     table = Table(title=title, title_justify="left")
-    columns = (f"avg@{num_samples}", "95% interval", f"majority@{num_samples}", "well-formed")
+    programs = any(row.tests_passed is not None for row in evaluations)
+    third = "tests passed" if programs else f"majority@{num_samples}"
+    columns = (f"avg@{num_samples}", "95% interval", third, "well-formed")
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
@@ -455,11 +459,12 @@ def summary_table(
             row.name,
             percent(row.average),
             " to ".join(low_high) or "-",
-            percent(row.majority),
+            percent(row.tests_passed if programs else row.majority),
             percent(row.well_formed),
         )
-    table.add_row("chance", percent(chance))
-    table.add_row("best constant letter", percent(constant_letter))
+    if not programs:
+        table.add_row("chance", percent(chance))
+        table.add_row("best constant letter", percent(constant_letter))
 
     costs = Table.grid(padding=(0, 2))
     sizes = ", ".join(f"{size:,} {level}" for level, size in memory_sizes.items())

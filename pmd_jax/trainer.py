@@ -15,7 +15,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +63,11 @@ from pmd_jax.policy.families import ModelConfig
 from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
 from pmd_jax.policy.tokenizer import Tokenizer
-from pmd_jax.records import Experience, Message, Problem, Rollout, TeacherPrompt
-from pmd_jax.rollout import Group, attempt, make_generate, name_seed, verify
+from pmd_jax.records import Experience, Message, Problem, TeacherPrompt
+from pmd_jax.rollout import Grading, Group, attempt, make_generate, name_seed
 from pmd_jax.steplog import carries_loss, distillation, grades, rows, teacher_gain, teaching
 from pmd_jax.tasks.task import Task
 from pmd_jax.telemetry import Compilations, Progress, Span, Stopwatch
-
-VERIFIERS = 4  # threads that grade responses while others are sampled
 
 
 class NotFinite(RuntimeError):
@@ -249,12 +246,8 @@ class Trainer:
         self, step: int, problems: Sequence[Problem], progress: Progress
     ) -> list[Group]:
         """Each response is graded while the others are sampled; `verify` is what is left then."""
-        rollout, begun = self.config.rollout, {}
-        with ThreadPoolExecutor(VERIFIERS) as verifiers:
-
-            def grade(problem: Problem, rollout: Rollout) -> None:
-                begun[rollout.id] = verifiers.submit(self.task.verify, problem, rollout.text)
-
+        rollout = self.config.rollout
+        with Grading(self.task) as grading:
             with self.phase("attempt", progress):
                 attempts = attempt(
                     self.policy,
@@ -265,10 +258,10 @@ class Trainer:
                     step,
                     name_seed(self.config.seed, step, "attempt"),
                     rollout.temperature,
-                    on_rollout=grade,
+                    on_rollout=grading,
                 )
             with self.phase("verify", progress):
-                return verify(self.task, problems, attempts, begun)
+                return grading.groups(problems, attempts)
 
     def reflect(self, step: int, news: Mapping[str, Any], progress: Progress) -> dict[str, float]:
         """Insights from this step's groups, by the current policy, in one batch."""

@@ -17,11 +17,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from pmd_jax.records import Problem
+from pmd_jax.records import MultipleChoice, Problem, UnitTests
 
 MIN_WORDS, MAX_WORDS = 4, 80
 COPIED_SHARE = 0.6
 """A text is a copy when this share of its runs of four words occur in another text."""
+MIN_OUTPUT = 6
+"""Characters from which on an expected output says which test it is of."""
 NEAR = 0.005
 """Relative distance within which a number is the rounded answer."""
 
@@ -74,13 +76,18 @@ def _runs(tokens: Sequence[str], length: int) -> list[tuple[str, ...]]:
 
 def gives_away(text: str, problem: Problem) -> str:
     """Why `text` would tell the answer of `problem`, right or wrong: a letter, the number or the
-    wording of the correct option, or code. Numbers that the question itself gives are free.
+    wording of the correct option, an expected output, or code. Numbers that the question itself
+    gives are free.
     """
-    option = problem.check.correct_option
+    check = problem.check
+    if isinstance(check, UnitTests):
+        return (
+            holds_code(text) or holds_statement(text) or _states_output(text, problem.stem, check)
+        )
     return (
-        names_a_letter(text, problem.check.letters)
-        or states_a_number(text, option, problem.stem)
-        or _states_option(text, option)
+        names_a_letter(text, check.letters)
+        or states_a_number(text, check.correct_option, problem.stem)
+        or _states_option(text, check.correct_option)
         or holds_code(text)
     )
 
@@ -89,9 +96,18 @@ def gives_away_any(text: str, problems: Sequence[Problem]) -> str:
     """The same for what is abstracted over several problems, where the wording of a single option
     is likely to be a word of the trade: a letter, the answer's number of any of them, or code.
     """
-    letters = tuple(sorted({letter for p in problems for letter in p.check.letters}))
-    numbers = (states_a_number(text, p.check.correct_option, p.stem) for p in problems)
-    return names_a_letter(text, letters) or next(filter(None, numbers), "") or holds_code(text)
+    choices = [(p.stem, p.check) for p in problems if isinstance(p.check, MultipleChoice)]
+    tests = [(p.stem, p.check) for p in problems if isinstance(p.check, UnitTests)]
+    letters = tuple(sorted({letter for _, check in choices for letter in check.letters}))
+    numbers = (states_a_number(text, check.correct_option, stem) for stem, check in choices)
+    outputs = (_states_output(text, stem, check) for stem, check in tests)
+    return (
+        names_a_letter(text, letters)
+        or next(filter(None, numbers), "")
+        or next(filter(None, outputs), "")
+        or holds_code(text)
+        or (holds_statement(text) if tests else "")
+    )
 
 
 def names_a_letter(text: str, letters: Sequence[str]) -> str:
@@ -160,6 +176,28 @@ def _states_option(text: str, option: str) -> str:
         return "states the option" if re.search(near + re.escape(wanted[0]) + r"\b", text) else ""
     occurs = tuple(wanted) in _runs(found, len(wanted))
     return "states the option" if occurs or copied_share(option, text) >= COPIED_SHARE else ""
+
+
+def _states_output(text: str, stem: str, check: UnitTests) -> str:
+    """Whether an expected output stands in a text and not in the problem.
+
+    Short ones, as 3 or Yes, are in every text and tell of no test.
+    """
+    outputs = (output.strip() for output in check.outputs)
+    told = any(len(o) >= MIN_OUTPUT and o in text and o not in stem for o in outputs)
+    return "states an output" if told else ""
+
+
+def holds_statement(text: str) -> str:
+    """Whether a text holds a line of a program amid its words, as return n * 7."""
+    value = r"[\w\[\]().\"']+"
+    operator = r"(?:\*\*|//|[-+*/%<>]|==|!=|<=|>=)"
+    patterns = (
+        rf"\breturn\s+{value}\s*{operator}",
+        r"\bprint\s*\(",
+        rf"\w\s*=\s*{value}\s*{operator}\s*\w",
+    )
+    return "holds code" if re.search("|".join(patterns), text) else ""
 
 
 def holds_code(text: str) -> str:

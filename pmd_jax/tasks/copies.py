@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pmd_jax.records import Problem
+from pmd_jax.records import MultipleChoice, Problem
 
 Trigram = tuple[str, ...]
 
@@ -42,5 +42,6 @@ def near_copies(
 
 
 def _trigrams(problem: Problem) -> set[Trigram]:
-    words = re.findall(r"\w+", " ".join((problem.stem, *problem.check.options)).lower())
+    options = problem.check.options if isinstance(problem.check, MultipleChoice) else ()
+    words = re.findall(r"\w+", " ".join((problem.stem, *options)).lower())
     return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}

@@ -18,6 +18,7 @@ from itertools import zip_longest
 from pmd_jax.records import MultipleChoice, Problem, Split
 from pmd_jax.tasks.scicalc_families import FAMILIES, Draw, Family, Pool
 from pmd_jax.tasks.task import Task, TaskConfig, worked_examples
+from pmd_jax.tasks.verifiers import LetterVerifier
 
 SYSTEM = {
     "direct": "Choose the right option and reply with <answer>LETTER</answer> only.",
@@ -124,4 +125,5 @@ def load_scicalc(config: TaskConfig) -> Task:
         "validation": generate("validation", config.num_validation, "validation"),
         "test": generate("test", config.num_test, "test"),
     }
-    return Task(config, splits, worked_examples(examples, config.response_style))
+    shots = worked_examples(examples, config.response_style)
+    return Task(config, splits, shots, LetterVerifier(config.verifier))

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pmd_jax.records import MultipleChoice, Problem, Split
+from pmd_jax.tasks.hubfiles import download
 from pmd_jax.tasks.task import Task, TaskConfig, worked_examples
+from pmd_jax.tasks.verifiers import LetterVerifier
 
 DOMAINS = ("biology", "chemistry", "material", "physics")
 REASON = "\nPlease reason step by step."
@@ -30,17 +32,7 @@ FIELDS: dict[str, type] = {"idx": int, "answer": str, "prompt": str, "system": s
 def dataset_folder(path: str) -> Path:
     """The local folder of a task.path; "hf:ORG/DATASET" is downloaded through huggingface_hub."""
     if path.startswith("hf:"):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            patterns = ["*/train.jsonl", "*/test.jsonl", "subtasks.json"]
-            return Path(snapshot_download(path[3:], repo_type="dataset", allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(
-                f"config.task.path: could not fetch the dataset {path[3:]!r} "
-                f"({type(error).__name__}); give a local folder instead"
-            ) from error
+        return download(path, ("*/train.jsonl", "*/test.jsonl", "subtasks.json"))
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(
@@ -145,4 +137,5 @@ def load_sciknoweval(config: TaskConfig) -> Task:
         "validation": tuple(validation),
         "test": tuple(test[: config.num_test or None]),
     }
-    return Task(config, splits, worked_examples(examples, config.response_style))
+    shots = worked_examples(examples, config.response_style)
+    return Task(config, splits, shots, LetterVerifier(config.verifier))

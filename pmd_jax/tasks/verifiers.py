@@ -10,6 +10,7 @@ lenient  that, or else exactly one identifiable letter. For models that do not f
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Literal
 
@@ -50,6 +51,20 @@ def _identified(check: MultipleChoice, text: str) -> str:
 def is_well_formed(check: MultipleChoice, text: str) -> bool:
     letters = "|".join(check.letters)
     return re.search(rf"<answer>\s*({letters})\s*</answer>\s*$", text) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class LetterVerifier:
+    """Grades multiple-choice answers by `mode`."""
+
+    mode: Mode = "strict"
+    about = ""  # nothing that a run has to say at its start
+
+    def verify(self, check: MultipleChoice, text: str, feedback: bool) -> Verdict:
+        return verify(check, text, self.mode, feedback)
+
+    def answer(self, check: MultipleChoice, text: str) -> str:
+        return extract_answer(check, text, self.mode)
 
 
 def verify(check: MultipleChoice, text: str, mode: Mode, feedback: bool = False) -> Verdict:

@@ -100,18 +100,30 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
+class Raised:
+    """An exception as the program's process tells it; a hostile one may have made it up.
+
+    frames: (line, function, source) in the program, innermost first.
+    """
+
+    type: str
+    message: str
+    frames: tuple[tuple[int, str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Execution:
     """One test's run. end: "done", an "error" raised, or out of "time", too much "output", "crash".
 
-    value: what the function returned, in the form of program.plain; None also where it did not.
-    error: {"type", "message", "frames": [[line, function, source], ...]} of an exception, which a
-    hostile program may have made up. status: exit code, negative for the signal that ended it.
+    returned: whether the function came to its end; value: what it returned, in the form of
+    program.plain. status: exit code, negative for the signal that ended it.
     """
 
     end: End
     output: str
+    returned: bool
     value: Any
-    error: dict[str, Any] | None
+    error: Raised | None
     status: int
     cpu_seconds: float
 
@@ -216,14 +228,29 @@ def _close_all(workers: list[_Worker]) -> None:
 
 
 def _execution(reply: dict[str, Any]) -> Execution:
+    report: Any = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        report = json.loads(reply.pop("report") or "{}")
+    report = report if isinstance(report, dict) else {}
+    error = None
+    if reply["end"] == "done" and "error" in report:
+        error, reply["end"] = _raised(report["error"]), "error"
+    returned = reply["end"] == "done" and "value" in report
     return Execution(
-        reply["end"],
-        reply["output"],
-        reply.get("value"),
-        reply.get("error"),
-        reply["status"],
-        reply["cpu_seconds"],
+        returned=returned, value=report["value"] if returned else None, error=error, **reply
     )
+
+
+def _raised(said: Any) -> Raised:
+    """What a report says of an exception, whatever it says."""
+    known = said if isinstance(said, dict) else {}
+    frames = []
+    with contextlib.suppress(TypeError, ValueError):
+        frames = [
+            (int(line), str(function), str(source))
+            for line, function, source in known.get("frames", ())
+        ]
+    return Raised(str(known.get("type")), str(known.get("message")), tuple(frames))
 
 
 class _Worker:

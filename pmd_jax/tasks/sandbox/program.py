@@ -40,15 +40,15 @@ PRELUDE = "".join(
 
 # SDPO's executor (lasgroup/SDPO at 0e6d510) knows these modules and lacks these builtins, and with
 # them every exception's name.
-SDPO_MODULES = frozenset(
+SDPO_MODULES = (
     "math cmath itertools functools operator statistics random collections heapq bisect array "
     "string re typing json io fractions decimal dataclasses datetime time sys sortedcontainers "
-    "numpy".split()
+    "numpy"
 )
-SDPO_LACKS = frozenset(
+SDPO_LACKS = (
     "exit quit open bin divmod super eval exec compile type getattr hasattr setattr delattr "
     "complex bytearray memoryview oct staticmethod classmethod property globals locals vars "
-    "breakpoint help".split()
+    "breakpoint help"
 )
 
 
@@ -66,12 +66,13 @@ def run(job: dict[str, Any], text: str, names: dict[str, Any]) -> None:
     try:
         sys.setrecursionlimit(RECURSION)
         sys.set_int_max_str_digits(INT_DIGITS)
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
-        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", closefd=False)
+        for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+            stream = open(fd, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         sys.argv = [FILE]
         random.seed(0)
-        builtins.exit, builtins.quit = sys.exit, None  # as the official harness has them
+        vars(builtins).update(exit=sys.exit, quit=None)  # as the official harness has them
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
         if job["rules"] == "sdpo":
@@ -81,7 +82,7 @@ def run(job: dict[str, Any], text: str, names: dict[str, Any]) -> None:
         linecache.cache[FILE] = (len(job["code"]), None, job["code"].splitlines(True), FILE)
         report = _outcome(job, text, module)
         if job["rules"] != "sdpo":
-            threading._shutdown()  # waits for the threads that Python would wait for
+            threading._shutdown()  # type: ignore[attr-defined]  # waits as Python would
             atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException as error:
@@ -131,13 +132,13 @@ def _as_sdpo(module: types.ModuleType, text: str) -> None:
     """The reduced world of SDPO's executor: few builtins, few modules, no real input stream."""
 
     def import_one(name: str, *rest: Any) -> Any:
-        if name.partition(".")[0] not in SDPO_MODULES:
+        if name.partition(".")[0] not in SDPO_MODULES.split():
             raise ImportError(f"import of {name} is not allowed")
         return __import__(name, *rest)
 
     def is_there(name: str, value: Any) -> bool:
         is_error = isinstance(value, type) and issubclass(value, BaseException)
-        return name not in SDPO_LACKS and not is_error
+        return name not in SDPO_LACKS.split() and not is_error
 
     allowed = {name: value for name, value in vars(builtins).items() if is_there(name, value)}
     module.__dict__["__builtins__"] = {**allowed, "__import__": import_one}

@@ -113,20 +113,25 @@ class Server:
         walls.prctl(walls.PR_SET_DUMPABLE, 0)
         names = program.prelude()
         gc.freeze()
-        source = open(jobs, "rb", closefd=False)
         _send(replies, {"ready": True, "protections": self.protections})
-        for line in source:
-            job = json.loads(line)
-            for package in PRELOADED:
-                if package in job["code"] and package in self.settings["packages"]:
-                    with contextlib.suppress(ImportError):
-                        __import__(package)
-            ran: list[dict[str, Any]] = []
-            for text in job["inputs"]:
-                ran.append(self.test(job, text, names, jobs))
-                if ran[-1]["end"] == "time":
-                    break
-            _send(replies, ran)
+        with open(jobs, "rb", closefd=False) as lines:
+            for line in lines:
+                _send(replies, self.results(json.loads(line), names, jobs))
+
+    def results(
+        self, job: dict[str, Any], names: dict[str, Any], jobs: int
+    ) -> list[dict[str, Any]]:
+        """What came of each input, up to the first that took too long."""
+        for package in PRELOADED:
+            if package in job["code"] and package in self.settings["packages"]:
+                with contextlib.suppress(ImportError):
+                    __import__(package)
+        ran: list[dict[str, Any]] = []
+        for text in job["inputs"]:
+            ran.append(self.test(job, text, names, jobs))
+            if ran[-1]["end"] == "time":
+                break
+        return ran
 
     def test(
         self, job: dict[str, Any], text: str, names: dict[str, Any], jobs: int
@@ -286,20 +291,14 @@ class Server:
 def result_of(
     end: str, status: int, printed: bytearray, reported: bytearray, cpu: float
 ) -> dict[str, Any]:
-    """What the pool is told of one test. The report is a program's word, and may be anything."""
-    report: Any = {}
-    with contextlib.suppress(ValueError, RecursionError):
-        report = json.loads(reported[len(READY) :])
-    report = report if isinstance(report, dict) else {}
-    result: dict[str, Any] = {"end": end or "done", "cpu_seconds": cpu, "status": status}
-    result["output"] = printed.decode("utf-8", "replace")
-    if not end and "error" in report:
-        result |= {"end": "error", "error": report["error"]}
-    elif not end and status != 0:
-        result["end"] = "crash"
-    elif "value" in report:
-        result["value"] = report["value"]
-    return result
+    """What the pool is told of one test. report is the program's own word, and may be anything."""
+    return {
+        "end": end or ("done" if status == 0 else "crash"),
+        "output": printed.decode("utf-8", "replace"),
+        "report": reported[len(READY) :].decode("utf-8", "replace"),
+        "status": status,
+        "cpu_seconds": cpu,
+    }
 
 
 def _wait(pid: int, seconds: float) -> None:

@@ -24,8 +24,8 @@ MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1024, 2048, 1 << 21
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 
-SYSTEM_FILES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
-SYSTEM_FILES += ("/etc/ld.so.cache", "/etc/localtime")
+LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
+SYSTEM_FILES = (*LIBRARIES, "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime")
 NOT_PYTHON_ITSELF = "site-packages", "dist-packages"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 TEMPORARY = "/tmp"
@@ -175,10 +175,8 @@ def landlock(readable: Iterable[str], listable: Iterable[str], writable: str) ->
     handled = (1 << bits) - 1
     attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
-    ruleset = _call(
-        "landlock_create_ruleset",
-        _libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0),
-    )
+    made = _libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
+    ruleset = _call("landlock_create_ruleset", made)
     os.set_inheritable(ruleset, False)
 
     def allow(path: str, access: int) -> None:
