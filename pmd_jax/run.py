@@ -319,8 +319,8 @@ class Run:
                     s["average"],
                     tuple(s["interval"]),
                     s["majority"],
-                    s["tests_passed"],
                     s["well_formed"],
+                    s["tests_passed"],
                 )
                 for name, s in saved.items()
             ],

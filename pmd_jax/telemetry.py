@@ -421,8 +421,8 @@ class EvaluationRow:
     average: float
     interval: tuple[float, float] | None = None
     majority: float | None = None
-    tests_passed: float | None = None
     well_formed: float | None = None
+    tests_passed: float | None = None
 
 
 def summary_table(

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 
 from pmd_jax.records import Problem
+from pmd_jax.tasks.generated import Pool
 from pmd_jax.tasks.scicalc import show
-from pmd_jax.tasks.scicalc_families import FAMILIES, Pool
+from pmd_jax.tasks.scicalc_families import FAMILIES
 from pmd_jax.tasks.task import TaskConfig, baselines, load_task
 
 SMALL = TaskConfig(num_train=92, num_validation=46, num_test=46)
@@ -182,8 +183,8 @@ def test_baselines_by_hand(task):
     problems = [p for p in task.splits["train"] if p.check.answer in "AB"][:5]
     counts = Counter(p.check.answer for p in problems)
     scores = baselines(problems)
-    assert scores["chance"] == 0.25
-    assert scores["constant"] == max(counts.values()) / 5
+    assert scores.chance == 0.25
+    assert scores.constant == max(counts.values()) / 5
 
 
 @pytest.mark.parametrize(

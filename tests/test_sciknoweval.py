@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pmd_jax.tasks.sciknoweval import split_options
-from pmd_jax.tasks.task import TaskConfig, baselines, load_task
+from pmd_jax.tasks.task import Baselines, TaskConfig, baselines, load_task
 
 SYSTEM = "\nGiven a question and four options, please select the right answer.\n"
 
@@ -70,7 +70,7 @@ def test_options_are_split_after_the_last_list_began(prompt, stem, options):
 def test_two_options_have_a_chance_of_a_half(tmp_path):
     task = load_task(write(tmp_path, TRAIN, [row(0, "B", ("yes", "no")), row(1, "A")]))
     scores = baselines(task.splits["test"])
-    assert scores == {"chance": 0.375, "constant": 0.5, "constant_letter": "A"}
+    assert scores == Baselines(chance=0.375, constant=0.5, constant_letter="A")
 
 
 def test_shots_and_validation_come_out_of_train_and_never_of_test(tmp_path):

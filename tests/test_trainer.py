@@ -50,23 +50,21 @@ def scripted(monkeypatch):
     def make_generate(policy, max_new_tokens, temperature, seed):
         return lambda chats: [LESSONS[(seed + i) % 4] + "." for i, _ in enumerate(chats)]
 
-    def verify(task, problems, attempts, begun):
-        assert len(begun) == sum(len(rollouts) for _, rollouts in attempts.values())
-        groups = real_verify(task, problems, attempts, begun)
-        return [
-            dataclasses.replace(
-                group,
-                verdicts=tuple(
-                    Verdict(r.sample % 2 == 0, float(r.sample % 2 == 0), "", True)
-                    for r in group.rollouts
-                ),
-            )
-            for group in groups
-        ]
+    class Grading(trainer.Grading):
+        def groups(self, problems, attempts):
+            return [
+                dataclasses.replace(
+                    group,
+                    verdicts=tuple(
+                        Verdict(r.sample % 2 == 0, float(r.sample % 2 == 0), "", True)
+                        for r in group.rollouts
+                    ),
+                )
+                for group in super().groups(problems, attempts)
+            ]
 
-    real_verify = trainer.verify
     monkeypatch.setattr(trainer, "make_generate", make_generate)
-    monkeypatch.setattr(trainer, "verify", verify)
+    monkeypatch.setattr(trainer, "Grading", Grading)
 
 
 def config_for(model, output, **changes) -> RunConfig:

@@ -9,35 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping
 
-from pmd_jax.records import Split
-
-Item = TypeVar("Item")
-
-# Of every five neighbouring numbers or entities, three are for training.
-RESIDUES: dict[str, tuple[int, ...]] = {"train": (0, 1, 3), "validation": (4,), "test": (2,)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Pool:
-    """What one split may draw from."""
-
-    rng: random.Random
-    split: Split
-
-    def number(self, low: float, high: float, step: float) -> float:
-        """A multiple of `step` between `low` and `high` that belongs to this split."""
-        first, last = round(low / step), round(high / step)
-        mine = [i for i in range(first, last + 1) if i % 5 in RESIDUES[self.split]]
-        return round(self.rng.choice(mine) * step, 9)
-
-    def entity(self, items: Sequence[Item]) -> Item:
-        """One of `items` (five or more) that belongs to this split."""
-        mine = [item for i, item in enumerate(items) if i % 5 in RESIDUES[self.split]]
-        return self.rng.choice(mine)
+from pmd_jax.tasks.generated import Pool
 
 
 @dataclasses.dataclass(frozen=True)

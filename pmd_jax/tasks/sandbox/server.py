@@ -23,9 +23,9 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __name__ != "__main__":
     from pmd_jax.tasks.sandbox import program, seccomp, walls
-else:
+else:  # started by its path
     import program
     import seccomp
     import walls
