@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import json
 import re
+import shutil
 
 import pytest
 from synthetic_run import BUDGETED, HOSTILE, write_large_run, write_run
@@ -54,6 +55,24 @@ def test_a_finished_run_says_so_and_draws_every_chart(run, tmp_path, capsys):
     )
     for key in keys:
         assert f'id="plot-{key}" role="img" aria-label="' in text
+
+
+def test_a_run_on_programs_has_a_chart_of_unit_tests(run, tmp_path):
+    folder = tmp_path / "programs"
+    shutil.copytree(run, folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    more = {"tests_passed": 0.25, "feedback/revealed": 0.03}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r | more) + "\n" for r in rows))
+    scores = json.loads((folder / "evaluation.json").read_text())
+    programs = {"tests_passed": 0.5, "majority": None, "majority_at": {}, "chance": None}
+    programs |= {"headroom": None, "constant": None}
+    (folder / "evaluation.json").write_text(
+        json.dumps({name: s | programs for name, s in scores.items()})
+    )
+    charts = {c["key"]: c for c in unpacked(page(folder, out=tmp_path / "r.html"), "charts")}
+    assert "tests passed in training" in charts["tests"]["alternative"]
+    assert "25.0%" in charts["tests"]["alternative"] and "50.0%" in charts["tests"]["alternative"]
+    assert "chance" not in charts["accuracy"]["alternative"]
 
 
 def test_every_chart_has_words_units_and_a_table(run, tmp_path):

@@ -39,6 +39,7 @@ MAX_PAIRS = 3
 def learning_charts(runs: Sequence[Run]) -> list[Chart]:
     return [
         accuracy(runs),
+        *unit_tests(runs),
         scaling(runs),
         headroom(runs),
         *solved_sets(runs),
@@ -83,6 +84,32 @@ def accuracy(runs: Sequence[Run]) -> Chart:
         "problems. Dotted: uniform guessing; dash-dotted: the best constant answer."
     )
     return draw("accuracy", title, note, joined(parts), figure, *series_table(columns))
+
+
+def unit_tests(runs: Sequence[Run]) -> list[Chart]:
+    """Of runs on programs: how much of a problem's tests pass, where all must for it to count."""
+    title = "Unit tests passed, and how much of the feedback gives expected outputs away"
+    figure = line_figure("step (policy updates)", "share", share=True)
+    columns, parts = [], []
+    for number, run in enumerate(runs):
+        scored = [s for _, s in run.points() if is_number(s.get("tests_passed"))]
+        held_out = [s["step"] for s in scored], [s["tests_passed"] for s in scored]
+        for dash, words, (steps, values) in (
+            (0, "tests passed in training", run.series("tests_passed")),
+            (1, "tests passed, held out", held_out),
+            (2, "feedback that reveals outputs", run.series("feedback/revealed")),
+        ):
+            if steps:
+                add_line(figure, steps, values, f"{run.name}: {words}", number, dash)
+                columns.append((f"{run.name} {words}", steps, values))
+                parts.append(from_to(f"{run.name}: {words}", steps, values, share=True))
+    if not columns:
+        return []
+    note = (
+        "Each rollout's share of tests passed, averaged. Feedback: the share of its characters "
+        "that are expected outputs of failed training tests; evaluation's tests give none."
+    )
+    return [draw("tests", title, note, joined(parts), figure, *series_table(columns))]
 
 
 def _top(columns: Iterable[tuple[str, Sequence[int], Sequence[Any]]]) -> float:
