@@ -1,5 +1,6 @@
 """Prompts and parsers side by side, and the guards of what comes back."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -8,6 +9,7 @@ import pytest
 
 from pmd_jax.memory import guards, prompts
 from pmd_jax.memory.prompts import Attempt, Draft, Note
+from pmd_jax.records import Problem, UnitTests
 
 BOTH = {"strategy": 2, "lesson": 2}
 MOLAR = fakes.problem()
@@ -323,3 +325,56 @@ def test_behaviors_are_checked_against_every_problem_of_the_cluster():
     assert guards.gives_away_any("Expect 44.01 in the end.", [MOLAR]) == ""
     assert guards.gives_away_any("Expect 44.01 in the end.", [MOLAR, other]) == "states the number"
     assert guards.gives_away_any("Prefer option D then.", [MOLAR]) == "names a letter"
+
+
+# --- guards of programs --------------------------------------------------------------------------
+
+TWICE = Problem(
+    "minicode/numbers/train/0",
+    "numbers",
+    "times",
+    "Write a function `times_7(n)` that returns n multiplied by 7.",
+    "",
+    "",
+    UnitTests(("3", "11111"), ("21", "77777"), "times_7"),
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "When asked to multiply, write ```return n * 7```.",
+        "When asked to multiply, return n * 7 at once.",
+        "When a product is wanted, set x = n * 7 and give it back.",
+        "When output is wanted, print(n) and nothing else.",
+        "def times_7(n):\n    return n",
+    ],
+)
+def test_code_gives_a_program_away(text):
+    assert guards.gives_away(text, TWICE) == "holds code"
+    assert guards.gives_away_any(text, [TWICE]) == "holds code"
+
+
+def test_an_expected_output_gives_a_program_away_where_it_tells_one_test_from_others():
+    long = dataclasses.replace(TWICE, check=UnitTests(("1",), ("1234567",), "f"))
+    text = "When the largest case comes, the result is 1234567 there."
+    assert guards.gives_away(text, long) == "states an output"
+    assert guards.gives_away_any(text, [TWICE, long]) == "states an output"
+    assert guards.gives_away("When it is three, think of 21 as a result.", TWICE) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "When a number is multiplied, return the product and nothing else.",
+        "When the input has two numbers on a line, split it before converting them.",
+        "Return early if the list is empty, then handle the general case.",
+        "(A) is a letter, and no answer of a program.",
+    ],
+)
+def test_words_about_programs_are_free(text):
+    assert guards.gives_away(text, TWICE) == ""
+
+
+def test_letters_are_guarded_beside_programs():
+    assert guards.gives_away_any("The answer is B here.", [TWICE, MOLAR]) == "names a letter"

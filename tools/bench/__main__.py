@@ -8,6 +8,7 @@ rollout    tokens/s of P problems x G samples, each to a length of its own
 distill    seconds and temporary memory of loss and gradients, beside the same loss written plainly
 step       a whole training step: weights, rollouts, batch, update
 memory     retrieval, adding, evicting and saving of a large bank
+judge      verdicts on programs, beside the CPU time that the programs need by themselves
 all        the set for a rented GPU or TPU, meant for eight minutes; on a CPU SmolLM2 alone
 
 Models are random weights of a shape (smollm2-135m, qwen3-0.6b, qwen3-1.7b; qwen3-0.6b/2 has 2 of
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.policy.sampler import EngineConfig
-from tools.bench import distill, memory, models, rollout, step
+from tools.bench import distill, judge, memory, models, rollout, step
 from tools.bench.peers import PEERS, Peer, PeerError
 
 UNITS = (
@@ -92,15 +93,20 @@ def parser() -> argparse.ArgumentParser:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("what", choices=("rollout", "distill", "step", "memory", "all"))
+    made.add_argument("what", choices=("rollout", "distill", "step", "memory", "judge", "all"))
     add = made.add_argument
     add("--model", default="smollm2-135m", help="a shape, a folder, or pypi:NAME")
     add("--dtype", choices=("float32", "bfloat16"), help="float32 on CPU, else bfloat16")
     add("--repeats", type=int, default=3, help="timed runs; medians are shown (default 3)")
     add("--against", default="", help=f"peers, with commas: {', '.join(PEERS)}")
     add("--peer-python", action="append", default=[], metavar="[PEER=]PATH", help="interpreter")
-    add("--problems", type=int, default=0, help="problems, or groups of distill (8; distill 4)")
-    add("--samples", type=int, default=0, help="samples or rollouts of each (8; distill 1)")
+    add(
+        "--problems",
+        type=int,
+        default=0,
+        help="problems; groups; programs (8; distill 4; judge 256)",
+    )
+    add("--samples", type=int, default=0, help="samples, rollouts, tests of each (8; 1; judge 20)")
     add("--prompt", type=pair, help="tokens of the student's prompt (200-400; 256)")
     add("--teacher", type=int, default=768, help="tokens of the teacher's prompt (768)")
     add("--response", type=pair, help="tokens of a response (16-256; distill 128)")
@@ -110,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-cache", choices=("dtype", "int8"), default="dtype")
     add("--chunk-tokens", type=int, default=0, help="logits at once (distill, step)")
     add("--remat", choices=("full", "context", "none"), default="context")
+    add("--work", type=float, default=10.0, help="milliseconds of a program's own work (judge)")
     add("--vectors", type=int, default=1_000_000, help="behaviors in the bank (memory)")
     return made
 
@@ -166,6 +173,8 @@ def one(what: str, args: argparse.Namespace, on_cpu: bool, peers: list[Peer]) ->
             args.response or (16, 256),
         )
         return step.run(args.model, dtype, engine(args, on_cpu), config, whole, args.repeats)
+    if what == "judge":
+        return judge.run(judge.Workload(args.problems or 256, args.samples or 20, args.work))
     problems = max(args.vectors // 100, 10)
     return {"bench": "memory", **memory.run(args.vectors, num_problems=problems)}
 
