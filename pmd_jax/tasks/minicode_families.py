@@ -29,6 +29,7 @@ WORDS = (
 )  # fmt: skip
 # What tests are made of; none of the above is part of one of these.
 TEXTS = ("cat", "hello", "a", "mouse", "level", "ok", "python", "two words", "banana", "xyz")
+LONG = "One longer line, with 7 words inside"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,8 @@ def function(
 
 
 def program(what: str, solution: str, inputs: Iterable[str]) -> Exercise:
-    """A program that reads and prints as `what` says."""
-    return Exercise(f"Write a program that {what}.", "", (), solution, tuple((i,) for i in inputs))
+    """A program that reads and prints what `what` says."""
+    return Exercise(f"Read {what}.", "", (), solution, tuple((i,) for i in inputs))
 
 
 def whole(pool: Pool, low: int = 2, high: int = 60) -> int:
@@ -112,9 +113,9 @@ def pairs(values: list[Any]) -> list[tuple[Any, Any]]:
 
 
 def texts(pool: Pool, *own: str) -> list[str]:
-    """Different texts: the empty one, `own`, and others."""
+    """Different texts: the empty one, a long one, `own`, and others."""
     others = pool.rng.sample(TEXTS, len(TEXTS))
-    return list(dict.fromkeys(["", *own, *others]))[: max(TESTS, len(own) + 4)]
+    return list(dict.fromkeys(["", LONG, *own, *others]))[: max(TESTS, len(own) + 4)]
 
 
 def lists(pool: Pool, k: int) -> list[list[int]]:
@@ -130,7 +131,8 @@ def lists(pool: Pool, k: int) -> list[list[int]]:
 
 def times(pool: Pool) -> Exercise:
     k = whole(pool)
-    return function(f"times_{k}(n)", f"n multiplied by {k}", f"n * {k}", alone(numbers(pool, k)))
+    what = f"the product of a and b multiplied by {k}"
+    return function("scaled_product(a, b)", what, f"a * b * {k}", pairs(numbers(pool, k)))
 
 
 def minus(pool: Pool) -> Exercise:
@@ -186,7 +188,7 @@ def sum_plus(pool: Pool) -> Exercise:
 
 def repeat(pool: Pool) -> Exercise:
     k = whole(pool, 2, 30)
-    what = f"text repeated {k} times, without spaces between"
+    what = f"text multiplied by {k}, so that it is repeated {k} times"
     return function(f"repeat_{k}_times(text)", what, f"text * {k}", alone(texts(pool)))
 
 
@@ -198,14 +200,15 @@ def prefix(pool: Pool) -> Exercise:
 
 def suffix(pool: Pool) -> Exercise:
     word = pool.entity(WORDS)
-    what = f'text followed by the string "{word}"'
-    return function(f"end_with_{word}(text)", what, f'text + "{word}"', alone(texts(pool, word)))
+    what = f'text with "{word}" added at its end'
+    return function(f"append_{word}(text)", what, f'text + "{word}"', alone(texts(pool, word)))
 
 
 def join(pool: Pool) -> Exercise:
     word = pool.entity(WORDS)
-    what = f'a, then the string "{word}", then b, all in one string'
-    return function("join(a, b)", what, f'a + "{word}" + b', pairs(texts(pool, word)))
+    what = f'the string a plus "{word}" plus the string b'
+    returned = f'a + "{word}" + b'
+    return function(f"join_with_{word}(a, b)", what, returned, pairs(texts(pool, word)))
 
 
 def count_letter(pool: Pool) -> Exercise:
@@ -235,7 +238,7 @@ def first_characters(pool: Pool) -> Exercise:
 
 def contains_word(pool: Pool) -> Exercise:
     word = pool.entity(WORDS)
-    what = f'True if text contains "{word}" and False otherwise'
+    what = f'True if "{word}" is in text and False otherwise'
     own = word, f"the {word}", f"{word}s", word[1:]
     return function(f"has_{word}(text)", what, f'"{word}" in text', alone(texts(pool, *own)))
 
@@ -253,7 +256,7 @@ def starts_with(pool: Pool) -> Exercise:
 
 def sum_times(pool: Pool) -> Exercise:
     k = whole(pool)
-    what = f"the sum of the list numbers multiplied by {k}, which is 0 for an empty list"
+    what = f"the sum of the list numbers, multiplied by {k}"
     return function("scaled_sum(numbers)", what, f"sum(numbers) * {k}", alone(lists(pool, k)))
 
 
@@ -265,19 +268,19 @@ def length_plus(pool: Pool) -> Exercise:
 
 def count_value(pool: Pool) -> Exercise:
     k = whole(pool)
-    what = f"how many times {k} occurs in the list numbers"
+    what = f"the count of {k} in the list numbers"
     return function(f"count_{k}(numbers)", what, f"numbers.count({k})", alone(lists(pool, k)))
 
 
 def contains_value(pool: Pool) -> Exercise:
     k = whole(pool)
-    what = f"True if the list numbers contains {k} and False otherwise"
+    what = f"True if {k} is in the list numbers and False otherwise"
     return function(f"contains_{k}(numbers)", what, f"{k} in numbers", alone(lists(pool, k)))
 
 
 def append_value(pool: Pool) -> Exercise:
     k = whole(pool)
-    what = f"the list numbers with {k} added at its end"
+    what = f"the list numbers plus the list [{k}]"
     return function(f"append_{k}(numbers)", what, f"numbers + [{k}]", alone(lists(pool, k)))
 
 
@@ -298,37 +301,51 @@ def keep_above(pool: Pool) -> Exercise:
 # --- standard input -----------------------------------------------------------------------------
 
 
-def print_times(pool: Pool) -> Exercise:
+def print_scaled(pool: Pool) -> Exercise:
+    k, b = whole(pool, 2, 12), whole(pool)
+    what = f"an integer n with input() and print n multiplied by {k}, plus {b}"
+    code = f"n = int(input())\nprint(n * {k} + {b})\n"
+    return program(what, code, (f"{n}\n" for n in numbers(pool, b)))
+
+
+def print_minus(pool: Pool) -> Exercise:
     k = whole(pool)
-    what = f"reads an integer from standard input and prints it multiplied by {k}"
-    code = f"n = int(input())\nprint(n * {k})\n"
+    what = f"an integer n with input() and print n minus {k}"
+    code = f"n = int(input())\nprint(n - {k})\n"
+    return program(what, code, (f"{n}\n" for n in numbers(pool, k)))
+
+
+def print_square_plus(pool: Pool) -> Exercise:
+    k = whole(pool)
+    what = f"an integer n with input() and print the square of n plus {k}"
+    code = f"n = int(input())\nprint(n**2 + {k})\n"
     return program(what, code, (f"{n}\n" for n in numbers(pool, k)))
 
 
 def print_sum_plus(pool: Pool) -> Exercise:
     k = whole(pool)
-    what = f"reads two integers on one line, separated by a space, and prints their sum plus {k}"
-    code = f"a, b = map(int, input().split())\nprint(a + b + {k})\n"
-    return program(what, code, (f"{a} {b}\n" for a, b in pairs(numbers(pool, k))))
+    what = f"two integers a and b, each on its own line, with input() and print a + b + {k}"
+    code = f"a = int(input())\nb = int(input())\nprint(a + b + {k})\n"
+    return program(what, code, (f"{a}\n{b}\n" for a, b in pairs(numbers(pool, k))))
 
 
 def print_suffixed(pool: Pool) -> Exercise:
     word = pool.entity(WORDS)
-    what = f'reads a line from standard input and prints it followed by "{word}", without a space'
-    code = f'text = input()\nprint(text + "{word}")\n'
+    what = f'a string s with input() and print s + "{word}"'
+    code = f's = input()\nprint(s + "{word}")\n'
     return program(what, code, (f"{text}\n" for text in texts(pool, word)))
 
 
 def print_repeated(pool: Pool) -> Exercise:
     k = whole(pool, 2, 30)
-    what = f"reads a line from standard input and prints it {k} times, all on one line"
-    code = f"text = input()\nprint(text * {k})\n"
+    what = f"a string s with input() and print s * {k}, which repeats it {k} times"
+    code = f"s = input()\nprint(s * {k})\n"
     return program(what, code, (f"{text}\n" for text in texts(pool)))
 
 
 def print_compared(pool: Pool) -> Exercise:
     k, word, other = whole(pool), pool.entity(WORDS[:20]), pool.entity(WORDS[20:])
-    what = f'reads an integer and prints "{word}" if it is greater than {k}, and "{other}" if not'
+    what = f'an integer n with input() and print "{word}" if n is greater than {k}, else "{other}"'
     code = f'n = int(input())\nprint("{word}" if n > {k} else "{other}")\n'
     return program(what, code, (f"{n}\n" for n in numbers(pool, k)))
 
@@ -337,14 +354,23 @@ Family = Callable[[Pool], Exercise]
 FAMILIES: dict[str, tuple[tuple[str, Family], ...]] = {
     "numbers": (
         ("times", times),
-        ("minus", minus),
         ("scale_and_shift", scale_and_shift),
+        ("minus", minus),
         ("square_plus", square_plus),
         ("remainder", remainder),
         ("is_multiple", is_multiple),
         ("is_above", is_above),
         ("at_least", at_least),
         ("sum_plus", sum_plus),
+    ),
+    "stdin": (
+        ("print_scaled", print_scaled),
+        ("print_minus", print_minus),
+        ("print_square_plus", print_square_plus),
+        ("print_sum_plus", print_sum_plus),
+        ("print_suffixed", print_suffixed),
+        ("print_repeated", print_repeated),
+        ("print_compared", print_compared),
     ),
     "strings": (
         ("repeat", repeat),
@@ -365,12 +391,5 @@ FAMILIES: dict[str, tuple[tuple[str, Family], ...]] = {
         ("append_value", append_value),
         ("add_to_each", add_to_each),
         ("keep_above", keep_above),
-    ),
-    "stdin": (
-        ("print_times", print_times),
-        ("print_sum_plus", print_sum_plus),
-        ("print_suffixed", print_suffixed),
-        ("print_repeated", print_repeated),
-        ("print_compared", print_compared),
     ),
 }
