@@ -1,8 +1,8 @@
 """The whole loop on programs, on two CPU cores in minutes: SmolLM2-135M and generated exercises.
 
 The same seven steps as configs/quickstart.py, with code that is run in a sandbox, feedback of the
-environment, and one worked example of a function and of a program. experiments/README.md has what
-came of it.
+environment, and one worked example of a function and of a program. Evaluation samples at
+temperature 1, as training does. experiments/README.md has what came of it.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ def config() -> RunConfig:
             feedback=True,
             format_shots=2,
             response_style="direct",
-            num_train=62,
-            num_validation=31,
-            num_test=62,
+            num_train=64,
+            num_validation=32,
+            num_test=128,
         ),
-        rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=4, max_new_tokens=64),
+        rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=64),
         reflection=change(base.reflection, clusters=8, behaviors_every=4),
         teacher=change(base.teacher, sibling_tokens=128, feedback_tokens=192),
         distill=DistillConfig(bucket_tokens=128, chunk_tokens=128),
-        optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=2),
-        evaluation=EvaluationConfig(num_samples=4),
+        optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=5),
+        evaluation=EvaluationConfig(num_samples=4, temperature=1.0, top_p=1.0),
         checkpoint=CheckpointConfig(every=4, keep=1),
     )
 

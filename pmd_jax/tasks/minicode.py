@@ -32,6 +32,13 @@ def unit_tests(exercise: Exercise, time_limit_seconds: float) -> UnitTests:
     return UnitTests(inputs, tuple(map(json.dumps, wanted)), exercise.function, time_limit_seconds)
 
 
+def question_of(exercise: Exercise) -> str:
+    """The statement, with a function's first line below it, as a contest site has it."""
+    if not exercise.function:
+        return exercise.stem
+    return f"{exercise.stem}\n\ndef {exercise.function}({', '.join(exercise.parameters)}):"
+
+
 def reply_of(exercise: Exercise, style: str) -> str:
     """A response that passes, in the form that is asked for."""
     before = "The answer can be computed in one expression.\n\n" if style == "reasoning" else ""
@@ -50,7 +57,7 @@ def load_minicode(config: TaskConfig) -> Task:
             subject=place.subject,
             subtask=place.name,
             stem=exercise.stem,
-            question=exercise.stem,
+            question=question_of(exercise),
             system=SYSTEM[config.response_style],
             check=unit_tests(exercise, config.judge.time_limit_seconds),
         )
