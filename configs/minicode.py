@@ -36,7 +36,7 @@ def config() -> RunConfig:
             response_style="direct",
             num_train=64,
             num_validation=32,
-            num_test=128,
+            num_test=64,
         ),
         rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=64),
         reflection=change(base.reflection, clusters=8, behaviors_every=4),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from string import ascii_lowercase
 from typing import Any
 
-from pmd_jax.tasks.scicalc_families import Pool
+from pmd_jax.tasks.generated import Pool
 
 TESTS = 8  # at least so many of each exercise
 
