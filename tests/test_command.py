@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 WHOLE = "--config.distill.micro_batch=0"  # the tests' eight devices do not cut one group
 SCIKNOWEVAL = str(ROOT / "configs" / "sciknoweval.py")
+LIVECODEBENCH = str(ROOT / "configs" / "livecodebench.py")
+MINICODE = str(ROOT / "configs" / "minicode.py")
 
 
 def run(*arguments, config=QUICKSTART):
@@ -38,6 +40,22 @@ def test_the_paper_s_numbers_are_in_the_configuration():
     assert rollout.max_new_tokens == 8192
     assert (optimizer.learning_rate, optimizer.warmup_steps) == (1e-5, 10)
     assert (config.steps, config.teacher.top_k, config.evaluation.num_samples) == (1180, 3, 16)
+
+
+def test_the_configurations_of_programs_are_valid_and_the_paper_s():
+    paper = settings.build(RunConfig, settings.load_config(LIVECODEBENCH))
+    assert (paper.task.start_date, paper.task.end_date) == ("2025-02-01", "2025-05-01")
+    assert (paper.steps, paper.evaluation.num_samples, paper.teacher.top_k) == (80, 4, 3)
+    assert (paper.optimizer.learning_rate, paper.optimizer.warmup_steps) == (1e-6, 0)
+    assert (paper.distill.divergence.name, paper.distill.divergence.top_k) == ("reverse_kl", 20)
+    assert (paper.distill.teacher, paper.distill.ema_rate) == ("ema", 0.01)
+    assert paper.task.feedback and "feedback" in paper.teacher.sources
+    small = settings.build(RunConfig, settings.load_config(f"{LIVECODEBENCH}:small"))
+    assert small.model.path.startswith("pypi:")
+    isolated = ["--config.task.judge.sandbox.require=isolated", "--config.task.judge.rules=sdpo"]
+    for file in (LIVECODEBENCH, MINICODE):
+        judge = settings.build(RunConfig, settings.load_config(file, isolated)).task.judge
+        assert (judge.sandbox.require, judge.rules) == ("isolated", "sdpo")
 
 
 @pytest.mark.parametrize(
