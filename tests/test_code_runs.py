@@ -116,7 +116,7 @@ def test_other_rows_run_on_programs_unchanged(base, tmp_path, row):
     # SDPO's teacher has nothing for a group's only success.
     assert metrics["loss_fraction"] == (0.75 if row == "sdpo" else 1.0)
     shown = {name for s in lines(folder, "samples.jsonl") for name in s["section_tokens"]}
-    assert shown == {"grpo": set(), "sdpo": {"sibling", "feedback"}}.get(row, shown)
+    assert shown == {"grpo": set(), "sdpo": {"sibling"}}.get(row, shown)
     if row == "sdpo":
         alone = [s for s in lines(folder, "samples.jsonl") if s["correct"]]
         assert all(not s["section_tokens"] for s in alone)

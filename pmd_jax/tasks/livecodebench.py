@@ -222,7 +222,8 @@ def _files(path: str) -> list[Path]:
     if not files or not files[0].is_file():
         raise ValueError(
             f"config.task.path: must be a JSON Lines file of code_generation_lite or a folder of "
-            f"them; got {path!r}"
+            f"them (test6.jsonl holds v6), or hf:livecodebench/code_generation_lite to fetch it; "
+            f"got {path!r}"
         )
     return files
 
