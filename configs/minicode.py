@@ -38,7 +38,7 @@ def config() -> RunConfig:
             num_validation=32,
             num_test=64,
         ),
-        rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=64),
+        rollout=RolloutConfig(problems_per_step=4, rollouts_per_problem=8, max_new_tokens=48),
         reflection=change(base.reflection, clusters=8, behaviors_every=4),
         teacher=change(base.teacher, sibling_tokens=128, feedback_tokens=192),
         distill=DistillConfig(bucket_tokens=128, chunk_tokens=128),
