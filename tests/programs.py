@@ -63,7 +63,17 @@ VALID = {
         "import sys\nprint(*(int(x) + 1 for x in sys.stdin))", "1\n2\n", "2 3"
     ),
     "open(0)": valid("print(sum(map(int, open(0).read().split())))", "1 2 3", "6"),
-    "open('/dev/stdin') is not needed": valid("print(*map(str.strip, open(0)))", "a\nb\n", "a b"),
+    "open('/dev/stdin')": valid("print(*map(str.strip, open('/dev/stdin')))", "a\nb\n", "a b"),
+    "sys.stdout replaced": valid(
+        "import io, sys\nsys.stdout = io.StringIO()\nprint(6)\n"
+        "sys.__stdout__.write(sys.stdout.getvalue())",
+        "",
+        "6",
+    ),
+    "sys.stdout closed": valid("import sys\nprint(6)\nsys.stdout.close()", "", "6"),
+    "a stream of its own, not flushed": valid("f = open(1, 'w')\nf.write('6')", "", "6"),
+    "printed by __del__": valid("class A:\n    def __del__(self): print(6)\na = A()", "", "6"),
+    "a byte-order mark": valid("\ufeffprint(6)", "", "6"),
     "input until EOFError": valid(
         """
         total = 0
@@ -291,7 +301,29 @@ HOSTILE = {
         "    threading.Thread(target=time.sleep, args=(9,)).start()",
         *("error", "time", "crash"),
     ),
+    "signals its parent by a pipe": hostile(
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())",
+        "error",
+        said="PermissionError",
+    ),
+    "chooses the signal of a pipe": hostile(
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 10, 9)", "error", said="Permission"
+    ),
+    "outlives its parent": hostile(
+        "import ctypes\nprint('no', ctypes.CDLL(None).prctl(1, 0, 0, 0, 0))", "wrong"
+    ),
     # --- time and size
+    "sleeps with all closed": hostile(
+        "import os, time\nos.close(1)\nos.close(3)\ntime.sleep(600)", "time", said="Time Limit"
+    ),
+    "memory in files that are nowhere": hostile(
+        "import os\nos.memfd_create('x')", "error", said="PermissionError"
+    ),
+    "all of the machine's asynchronous input": hostile(
+        "import ctypes\nx = ctypes.c_ulong()\n"
+        "print('no', ctypes.CDLL(None).syscall(206, 65000, ctypes.byref(x)))",
+        "wrong",
+    ),
     "endless loop": hostile("while True:\n    pass", "time", said="Time Limit Exceeded"),
     "endless loop in C": hostile("sum(iter(int, 1))", "time", said="Time Limit Exceeded"),
     "sleep": hostile("import time\ntime.sleep(600)", "time", said="Time Limit Exceeded"),
@@ -342,6 +374,9 @@ HOSTILE = {
         said="OSError",
         own_root=True,
     ),
+    "folders in folders": hostile(
+        "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')", "wrong"
+    ),
     "many open files": hostile("x = [open(0) for _ in range(9999)]", "error", "wrong"),
     "many descriptors": hostile(
         "import os\nwhile True:\n    os.dup(0)", "error", said="Too many open files"
@@ -379,7 +414,13 @@ HOSTILE = {
     "leaves its namespaces": hostile(
         "import ctypes\nprint('no', ctypes.CDLL(None).unshare(0x10000000))", "wrong"
     ),
+    "watches files": hostile(
+        "import ctypes\nprint('no', ctypes.CDLL(None).inotify_init1(0))", "wrong"
+    ),
     # --- network
+    "datagrams to the machine": hostile(
+        "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", "error"
+    ),
     "opens a socket": hostile("import socket\nsocket.socket()", "error", said="PermissionError"),
     "connects to the judge": hostile(
         "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)", "error"
@@ -428,6 +469,33 @@ HOSTILE = {
     ),
     "a report of its own": hostile(
         'import os\nos.write(3, b\'{{"value": "no"}}\')\nos._exit(0)', "wrong", function="f"
+    ),
+    "a report of an endless line": hostile(
+        """
+        import os
+        os.write(3, b'{{"error":{{"type":"E","message":5,"frames":[[1e999,"a","b"],[1],5]}}}}')
+        os._exit(0)
+        """,
+        "error",
+    ),
+    "an error that no tokenizer takes": hostile(
+        "raise ValueError('\\ud800')", "error", said="ValueError"
+    ),
+    "an error without a name": hostile(
+        """
+        class M(type):
+            __name__ = property(lambda self: 1 / 0)
+        class E(Exception, metaclass=M):
+            pass
+        raise E
+        """,
+        "error",
+    ),
+    "keys that collide": hostile(
+        "def f(x):\n    return {{(i + 1) * (2 ** 61 - 1): 0 for i in range(3000)}}",
+        "wrong",
+        "time",
+        function="f",
     ),
     "a report of nothing": hostile(
         "import os\nos.write(3, b'[' * 99999)\nos._exit(0)", "wrong", function="f"

@@ -114,6 +114,12 @@ def test_a_value_that_no_function_returned_equals_nothing(sent):
     assert not same_value(sent, "5")
 
 
+def test_keys_that_no_json_has_are_not_gathered():
+    """Numbers may be chosen to collide: a dict of so many would take hours."""
+    sent = {"d": [[(i + 1) * (2**61 - 1), 0] for i in range(200_000)]}
+    assert not same_value(sent, "{}", "official")
+
+
 # --- verdicts -----------------------------------------------------------------------------------
 
 SUM = UnitTests(("1 2\n", "3 4\n", "5 6\n"), ("3", "7", "11"), "", 2.0)

@@ -29,6 +29,7 @@ from pmd_jax.records import UnitTests, Verdict
 from pmd_jax.tasks.feedback import CaseResult, Outcome, write_feedback
 from pmd_jax.tasks.sandbox import Execution, Program, Rules, Sandbox, SandboxConfig
 
+MAX_LINE = 10_000  # characters, beyond which tokens are counted before any is read
 CACHED = 8192  # judgements that are kept, by code and tests
 
 
@@ -79,8 +80,11 @@ def _stripped_lines(text: str) -> list[str]:
 def _same_line(found: str, wanted: str) -> bool:
     if found == wanted:
         return True
+    tokens = wanted.split()
+    if len(found) > MAX_LINE and len(found.split(None, len(tokens))) > len(tokens):
+        return False
     try:
-        return [Decimal(t) for t in found.split()] == [Decimal(t) for t in wanted.split()]
+        return [Decimal(t) for t in found.split()] == [Decimal(t) for t in tokens]
     except InvalidOperation:
         return False
 
@@ -101,7 +105,11 @@ def _canonical(value: Any) -> str:
 
 
 def _restored(value: Any, sequence: type) -> Any:
-    """A plain value as Python has it; `sequence` is what its tuples become."""
+    """A plain value as Python has it; `sequence` is what its tuples become.
+
+    A dict's keys must be texts, as JSON's are; lists stand for tuples where JSON's own writing is
+    compared, and numbers are written as keys there. Other keys could be chosen to collide.
+    """
     if isinstance(value, list):
         return [_restored(item, sequence) for item in value]
     if not isinstance(value, dict):
@@ -110,8 +118,16 @@ def _restored(value: Any, sequence: type) -> Any:
     if tag == "t":
         return sequence(_restored(item, sequence) for item in content)
     if tag == "d":
-        return {_restored(key, sequence): _restored(item, sequence) for key, item in content}
+        written = (lambda key: key) if sequence is tuple else _as_key
+        pairs = [(written(key), _restored(item, sequence)) for key, item in content]
+        if all(type(key) is str for key, _ in pairs):
+            return dict(pairs)
     raise ValueError(f"not a value that JSON could have given: {tag}")
+
+
+def _as_key(key: Any) -> Any:
+    """A key as json.dumps writes it."""
+    return json.dumps(key) if key is None or type(key) in (bool, int, float) else key
 
 
 # --- judgement ----------------------------------------------------------------------------------
@@ -160,10 +176,11 @@ class Judge:
 def judge(sandbox: Sandbox, rules: Rules, code: str, check: UnitTests) -> tuple[CaseResult, ...]:
     """What came of each test that was run, in order; after one out of time there are none."""
     program = Program(code, check.function, rules)
-    executions = sandbox.run(program, check.inputs, check.time_limit_seconds)
-    return tuple(
-        _result(number, executions[number], check, rules) for number in range(len(executions))
-    )
+
+    def see(number: int, ran: Execution) -> CaseResult:
+        return _result(number, ran, check, rules)
+
+    return tuple(sandbox.run(program, check.inputs, check.time_limit_seconds, see))
 
 
 def _result(number: int, ran: Execution, check: UnitTests, rules: Rules) -> CaseResult:

@@ -10,16 +10,21 @@ import os
 import queue
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from pmd_jax.tasks.sandbox import walls
+
+Result = TypeVar("Result")
 Wall = Literal["namespaces", "bubblewrap", "none"]
 Rules = Literal["official", "sdpo"]
 End = Literal["done", "error", "time", "output", "crash"]
@@ -27,6 +32,7 @@ End = Literal["done", "error", "time", "output", "crash"]
 WALLS: tuple[Wall, ...] = ("namespaces", "bubblewrap", "none")
 PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")  # what programs may import beside Python
 FIRST_UID = 1_900_000_000  # of tests where the pool runs as root: no user's, and one a server
+MAX_TEXT, MAX_FRAMES = 400, 4  # of what a program says that it raised
 START_SECONDS = 30.0
 SLACK_SECONDS = 30.0  # of a server that has other tests' processes beside it
 
@@ -44,7 +50,7 @@ class SandboxConfig:
     wall: "auto" takes the best; another value takes that one alone.
     workers: servers, each with one test at a time; 0 for one per CPU.
     wall_factor: how many times its CPU time a test may last, for sleepers and busy machines.
-    processes: of a test's user, threads included, where the pool may choose that user.
+    processes: of a test, threads included, where the pool may choose its user or user namespace.
     """
 
     require: Literal["isolated", "none"] = "none"
@@ -54,7 +60,7 @@ class SandboxConfig:
     output_mib: int = 16
     file_mib: int = 64
     open_files: int = 64
-    processes: int = 64
+    processes: int = 256
     wall_factor: float = 3.0
 
     def __post_init__(self) -> None:
@@ -174,10 +180,21 @@ class Sandbox:
             number = len(self._workers)
             worker = _Worker(self.config, wall, number)
             self._workers.append(worker)
+        known = getattr(self, "protections", worker.protections)
+        if worker.protections != known:
+            worker.close()
+            raise SandboxError(f"protections changed from {known} to {worker.protections}")
         return worker
 
-    def run(self, program: Program, inputs: Sequence[str], cpu_seconds: float) -> list[Execution]:
-        """Runs the program on each input, up to and with the first that exceeds its time.
+    def run(
+        self,
+        program: Program,
+        inputs: Sequence[str],
+        cpu_seconds: float,
+        see: Callable[[int, Execution], Result],
+    ) -> list[Result]:
+        """What `see` makes of each input's number and run, one after another, so that no two
+        outputs need be held. The first that takes too long or prints too much is the last.
 
         cpu_seconds: of each input. Raises SandboxError, after a second try, where the sandbox
         failed: a program that ends badly gives an Execution that says so.
@@ -194,12 +211,12 @@ class Sandbox:
             if worker is None:
                 worker = self._start(self.wall)
             try:
-                replies = worker.ask(job, seconds)
+                return worker.ask(job, seconds, see)
             except SandboxError:
                 worker.close()
                 worker = None
                 worker = self._start(self.wall)
-                replies = worker.ask(job, seconds)
+                return worker.ask(job, seconds, see)
         except BaseException:
             if worker is not None:
                 worker.close()
@@ -207,7 +224,6 @@ class Sandbox:
             raise
         finally:
             self._idle.put(worker)
-        return [_execution(reply) for reply in replies]
 
     def close(self) -> None:
         """Ends all servers and whatever they run; `run` then raises SandboxError."""
@@ -227,38 +243,57 @@ def _close_all(workers: list[_Worker]) -> None:
         worker.close()
 
 
-def _execution(reply: dict[str, Any]) -> Execution:
+def _execution(about: dict[str, Any], output: bytes, said: bytes) -> Execution:
+    """One test's run; `said` is its process's own word, which may be anything."""
     report: Any = {}
     with contextlib.suppress(ValueError, RecursionError):
-        report = json.loads(reply.pop("report") or "{}")
+        report = json.loads(said or b"{}")
     report = report if isinstance(report, dict) else {}
-    error = None
-    if reply["end"] == "done" and "error" in report:
-        error, reply["end"] = _raised(report["error"]), "error"
-    returned = reply["end"] == "done" and "value" in report
+    error, end = None, about["end"]
+    if end == "done" and "error" in report:
+        error, end = _raised(report["error"]), "error"
+    returned = end == "done" and "value" in report
     return Execution(
-        returned=returned, value=report["value"] if returned else None, error=error, **reply
+        end,
+        output.decode("utf-8", "replace"),
+        returned,
+        report["value"] if returned else None,
+        error,
+        about["status"],
+        about["cpu_seconds"],
     )
 
 
 def _raised(said: Any) -> Raised:
     """What a report says of an exception, whatever it says."""
     known = said if isinstance(said, dict) else {}
-    frames = []
-    with contextlib.suppress(TypeError, ValueError):
-        frames = [
-            (int(line), str(function), str(source))
-            for line, function, source in known.get("frames", ())
-        ]
-    return Raised(str(known.get("type")), str(known.get("message")), tuple(frames))
+    frames = known.get("frames")
+    return Raised(
+        _text(known.get("type")),
+        _text(known.get("message")),
+        tuple(
+            (frame[0], _text(frame[1]), _text(frame[2]))
+            for frame in (frames if isinstance(frames, list) else ())[:MAX_FRAMES]
+            if isinstance(frame, list) and len(frame) == 3 and type(frame[0]) is int
+        ),
+    )
+
+
+def _text(said: Any) -> str:
+    """A short text that every tokenizer takes."""
+    text = said if isinstance(said, str) else ""
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 class _Worker:
-    """One server process and the two pipes to it."""
+    """One server and the two pipes to it. One thread asks at a time; any may close."""
 
     def __init__(self, config: SandboxConfig, wall: Wall, number: int):
+        self._box = tempfile.mkdtemp(prefix="pmd-sandbox-") if wall == "none" else ""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
-        command = _command(wall, _settings(config, wall, number))
+        self._asking = threading.Lock()
+        self._buffer = bytearray()
+        command = _command(wall, _settings(config, wall, number, self._box))
         try:
             self._process = subprocess.Popen(
                 command,
@@ -267,14 +302,18 @@ class _Worker:
                 stderr=self._errors,
                 env={"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 cwd="/",
+                bufsize=0,
                 start_new_session=True,
             )
         except OSError as error:
             self._errors.close()
+            self._remove_box()
             raise SandboxError(f"could not start {command[0]}: {error}") from error
-        self._buffer = bytearray()
+        assert self._process.stdin and self._process.stdout
+        self._jobs, self._replies = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._jobs, False)
         try:
-            hello = self._receive(time.monotonic() + START_SECONDS)
+            hello = json.loads(self._line(time.monotonic() + START_SECONDS))
             if not hello["ready"]:
                 raise SandboxError(hello["why"])
         except BaseException:
@@ -285,60 +324,88 @@ class _Worker:
             **{name: by for name, by in hello["protections"].items() if name in known}
         )
 
-    def ask(self, job: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-        """A job's results. Raises SandboxError where the server dies, or is not done in time."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError) as error:
-            raise SandboxError(self._obituary()) from error
-        return self._receive(time.monotonic() + seconds)
+    def ask(
+        self, job: dict[str, Any], seconds: float, see: Callable[[int, Execution], Result]
+    ) -> list[Result]:
+        """What `see` makes of each test. Raises SandboxError where the server dies or is late."""
+        deadline, results = time.monotonic() + seconds, []
+        data = json.dumps(job).encode()
+        with self._asking:
+            if self._errors.closed:
+                raise SandboxError("the sandbox was closed")
+            self._write(len(data).to_bytes(8, "big") + data, deadline)
+            for number in range(len(job["inputs"])):
+                about = json.loads(self._line(deadline))
+                output = self._exactly(about["output"], deadline)
+                said = self._exactly(about["report"], deadline)
+                results.append(see(number, _execution(about, output, said)))
+                if about["end"] in ("time", "output"):
+                    break
+        return results
 
-    def _receive(self, deadline: float) -> Any:
-        assert self._process.stdout is not None
-        try:
-            pipe = self._process.stdout.fileno()
-            poll = select.poll()
-            poll.register(pipe, select.POLLIN)
-            while not self._buffer.endswith(b"\n"):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise SandboxError("its server did not answer in time")
-                if poll.poll(1000 * left):
-                    chunk = os.read(pipe, 1 << 20)
-                    if not chunk:
-                        raise SandboxError(self._obituary())
-                    self._buffer += chunk
-        except (OSError, ValueError) as error:
-            raise SandboxError(self._obituary()) from error
-        line = bytes(self._buffer)
-        self._buffer.clear()
-        return json.loads(line)
+    def _write(self, data: bytes, deadline: float) -> None:
+        rest = memoryview(data)
+        while rest:
+            self._wait_for(self._jobs, select.POLLOUT, deadline)
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    rest = rest[os.write(self._jobs, rest) :]
+                except BrokenPipeError as error:
+                    raise SandboxError(self._obituary()) from error
+
+    def _line(self, deadline: float) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            self._read(deadline)
+        return self._taken(end + 1)
+
+    def _exactly(self, count: int, deadline: float) -> bytes:
+        while len(self._buffer) < count:
+            self._read(deadline)
+        return self._taken(count)
+
+    def _taken(self, count: int) -> bytes:
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    def _read(self, deadline: float) -> None:
+        self._wait_for(self._replies, select.POLLIN, deadline)
+        chunk = os.read(self._replies, 1 << 20)
+        if not chunk:
+            raise SandboxError(self._obituary())
+        self._buffer += chunk
+
+    def _wait_for(self, pipe: int, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(pipe, event)
+        if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+            raise SandboxError("its server did not answer in time")
 
     def _obituary(self) -> str:
         """Why the server is gone, by what it said last."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
-        said = ""
-        with contextlib.suppress(OSError, ValueError):
-            self._errors.seek(0)
-            said = self._errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        self._errors.seek(0)
+        said = self._errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
         return f"its server ended with status {self._process.poll()}: {said or 'no message'}"
 
     def close(self) -> None:
-        """Ends the server, which ends what it runs. Twice is once."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-        try:
-            self._process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, 9)
-            self._process.wait()
-        self._errors.close()
+        """Ends the server, and with it what it runs. Twice is once."""
+        if self._errors.closed:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        with self._asking:  # who asked has been told by the pipe's end
+            for file in (self._process.stdin, self._process.stdout, self._errors):
+                if file is not None:
+                    file.close()
+        self._remove_box()
+
+    def _remove_box(self) -> None:
+        if self._box and os.path.isdir(self._box):
+            walls.remove_contents(self._box)
+            os.rmdir(self._box)
 
 
 def _packages() -> dict[str, str]:
@@ -355,9 +422,11 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def _settings(config: SandboxConfig, wall: Wall, number: int) -> dict[str, Any]:
+def _settings(config: SandboxConfig, wall: Wall, number: int, box: str) -> dict[str, Any]:
     return {
         "wall": wall,
+        "box": box,
+        "privileged": os.geteuid() == 0,
         "uid": FIRST_UID + (os.getpid() % 100_000) * 1000 + number % 1000,
         "packages": _packages(),
         "hidden": [str(Path(__file__).parents[2])],
@@ -378,18 +447,25 @@ def _command(wall: Wall, settings: dict[str, Any]) -> list[str]:
     program = shutil.which("bwrap")
     if program is None:
         raise SandboxError("bubblewrap (bwrap) is not installed")
-    folder = str(server.parent)
-    shown = [*_system_paths(), *settings["packages"].values(), folder]
+    folder = server.parent
+    files = [str(folder / name) for name in ("server.py", "program.py", "walls.py", "seccomp.py")]
+    own = sysconfig.get_path("stdlib"), os.path.join(sys.base_prefix, "lib")
+    libraries = [p for p in (*own, *walls.SYSTEM_FILES, python[0]) if os.path.exists(p)]
+    packages = list(settings["packages"].values())
     return [
         program,
         *("--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session"),
-        *("--dev", "/dev", "--size", str(settings["file_bytes"]), "--tmpfs", "/tmp"),
-        *(part for path in shown for part in ("--ro-bind-try", path, path)),
-        *("--", *command),
+        *(part for path in libraries for part in _bound(path)),
+        *(part for path in walls.others_packages(libraries) for part in ("--tmpfs", path)),
+        *(part for path in walls.DEVICES for part in ("--dev-bind", path, path)),
+        *("--size", str(settings["file_bytes"]), "--tmpfs", walls.BOX),
+        *(part for path in (*packages, *files) for part in ("--ro-bind", path, path)),
+        *("--remount-ro", "/", "--", *command),
     ]
 
 
-def _system_paths() -> list[str]:
-    """What Python needs to start where only this is shown."""
-    prefix = os.path.realpath(sys.base_prefix)
-    return ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", prefix]
+def _bound(path: str) -> tuple[str, str, str]:
+    """bubblewrap's words for a path; a link as the link that it is."""
+    if os.path.islink(path):
+        return "--symlink", os.readlink(path), path
+    return "--ro-bind", path, path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import gc
 import io
 import json
 import linecache
@@ -20,8 +21,10 @@ import traceback
 import types
 from typing import Any
 
+_open = open  # builtins.open is another one while a program runs
 REPORT = 3
 FILE = "solution.py"
+STREAMS: dict[str, Any] = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 RECURSION, INT_DIGITS = 50_000, 50_000
 MAX_FRAMES, MAX_TEXT = 4, 400
 
@@ -62,42 +65,66 @@ def prelude() -> dict[str, Any]:
 
 def run(job: dict[str, Any], text: str, names: dict[str, Any]) -> None:
     """Runs the program on one input, reports and ends the process. Descriptors are in place."""
+    report: dict[str, Any] = {"error": {"type": "Error", "message": "", "frames": []}}
+    try:
+        report = _report(job, text, names)
+    finally:
+        try:
+            with _open(REPORT, "wb", closefd=False) as out:
+                out.write(json.dumps(report).encode())
+        finally:
+            os._exit(0)
+
+
+def _report(job: dict[str, Any], text: str, names: dict[str, Any]) -> dict[str, Any]:
+    """What came of the program, once it has ended as Python ends: threads, atexit, last prints."""
     report: dict[str, Any] = {}
     try:
-        sys.setrecursionlimit(RECURSION)
-        sys.set_int_max_str_digits(INT_DIGITS)
-        for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-            stream = open(fd, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-        sys.argv = [FILE]
-        random.seed(0)
-        vars(builtins).update(exit=sys.exit, quit=None)  # as the official harness has them
-        module = types.ModuleType("__main__")
-        sys.modules["__main__"] = module
-        if job["rules"] == "sdpo":
-            _as_sdpo(module, text)
-        else:
-            module.__dict__.update(names)
-        linecache.cache[FILE] = (len(job["code"]), None, job["code"].splitlines(True), FILE)
+        module = _prepare(job, text, names)
         report = _outcome(job, text, module)
         if job["rules"] != "sdpo":
             threading._shutdown()  # type: ignore[attr-defined]  # waits as Python would
             atexit._run_exitfuncs()
-        sys.stdout.flush()
+        module.__dict__.clear()
+        gc.collect()  # what is left open is written
+        for stream in {sys.stdout, sys.__stdout__}:
+            if stream is not None and not getattr(stream, "closed", True):
+                stream.flush()
     except BaseException as error:
         report = report if "error" in report else {"error": describe(error)}
-    try:
-        with open(REPORT, "wb", closefd=False) as out:
-            out.write(json.dumps(report).encode())
-    finally:
-        os._exit(0)
+    return report
+
+
+def _prepare(job: dict[str, Any], text: str, names: dict[str, Any]) -> types.ModuleType:
+    """The interpreter as a program expects to find it; the module that it becomes."""
+    sys.setrecursionlimit(RECURSION)
+    sys.set_int_max_str_digits(INT_DIGITS)
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        stream = _open(fd, mode, encoding="utf-8", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.argv = [FILE]
+    random.seed(0)
+    # exit and quit as the official harness has them; the streams' names are no files here.
+    vars(builtins).update(exit=sys.exit, quit=None, open=_open_or_stream)
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    if job["rules"] == "sdpo":
+        _as_sdpo(module, text)
+    else:
+        module.__dict__.update(names, open=_open_or_stream)
+    linecache.cache[FILE] = (len(job["code"]), None, job["code"].splitlines(True), FILE)
+    return module
+
+
+def _open_or_stream(file: Any, *rest: Any, **named: Any) -> Any:
+    return _open(STREAMS.get(file, file) if isinstance(file, str) else file, *rest, **named)
 
 
 def _outcome(job: dict[str, Any], text: str, module: types.ModuleType) -> dict[str, Any]:
     """{"value": ...} of a function, {} of a program, or {"error": ...}."""
     try:
-        code = compile(job["code"], FILE, "exec", dont_inherit=True)
+        code = compile(job["code"].removeprefix("\ufeff"), FILE, "exec", dont_inherit=True)
         if not job["function"]:
             exec(code, module.__dict__)
             return {}

@@ -1,8 +1,9 @@
 """The system calls that a program in the sandbox may not make, as a seccomp filter.
 
-A denylist: what reaches other processes, the network, other mounts, kernel settings, or files'
-metadata (which Landlock leaves alone). Threads are allowed, processes are not; a program may signal
-itself alone. Denied calls fail with EPERM, so that Python raises PermissionError.
+A denylist: what reaches other processes, the network, other mounts, kernel settings, memory that no
+limit counts, and, where a program sees our files, their metadata, which Landlock leaves alone.
+Threads are allowed, processes are not; a program may signal itself alone. Denied calls fail with
+EPERM, so that Python raises PermissionError.
 
 Standard library only: the server inside the sandbox imports this file by itself. Numbers are those
 of the kernel's headers for x86_64 and for aarch64 (asm-generic).
@@ -17,7 +18,7 @@ import platform
 import struct
 
 # name, number on x86_64, number on aarch64; "-" where there is none
-TABLE = """
+DENIED = """
 socket 41 198; bind 49 200; connect 42 203; listen 50 201; accept 43 202; accept4 288 242
 fork 57 -; vfork 58 -; execve 59 221; execveat 322 281
 ptrace 101 117; process_vm_readv 310 270; process_vm_writev 311 271; process_madvise 440 440
@@ -37,27 +38,37 @@ sethostname 170 161; setdomainname 171 162; modify_ldt 154 -; ioperm 173 -; iopl
 open_by_handle_at 304 265; name_to_handle_at 303 264; fanotify_init 300 262
 shmget 29 194; shmat 30 196; shmctl 31 195; semget 64 190; semop 65 193; semctl 66 191
 semtimedop 220 192; msgget 68 186; msgsnd 69 189; msgrcv 70 188; msgctl 71 187
-mq_open 240 180; mq_unlink 241 181
-chmod 90 -; fchmod 91 52; fchmodat 268 53; fchmodat2 452 452; chown 92 -; fchown 93 55
-lchown 94 -; fchownat 260 54; setxattr 188 5; lsetxattr 189 6; fsetxattr 190 7
-setxattrat 463 463; removexattr 197 14; lremovexattr 198 15; fremovexattr 199 16
-removexattrat 466 466; utime 132 -; utimes 235 -; utimensat 280 88; futimesat 261 -
-file_setattr 469 469; truncate 76 45; mknod 133 -; mknodat 259 33
+mq_open 240 180; mq_unlink 241 181; memfd_create 319 279; io_setup 206 0
+inotify_init 253 -; inotify_init1 294 26; inotify_add_watch 254 27
+mknod 133 -; mknodat 259 33
 setpriority 141 140; ioprio_set 251 30; sched_setaffinity 203 122; sched_setscheduler 144 119
 sched_setparam 142 118; sched_setattr 314 274; move_pages 279 239; migrate_pages 256 238
 mbind 237 235; set_mempolicy 238 237
 """
-# Judged by their arguments:
-CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
-OF_ITSELF = {"kill": (62, 129), "tgkill": (234, 131)}  # the first argument must be the own pid
-PRLIMIT = {"x86_64": 302, "aarch64": 261}  # that, or 0
+METADATA = """
+chmod 90 -; fchmod 91 52; fchmodat 268 53; fchmodat2 452 452; chown 92 -; fchown 93 55
+lchown 94 -; fchownat 260 54; setxattr 188 5; lsetxattr 189 6; fsetxattr 190 7
+setxattrat 463 463; removexattr 197 14; lremovexattr 198 15; fremovexattr 199 16
+removexattrat 466 466; utime 132 -; utimes 235 -; utimensat 280 88; futimesat 261 -
+file_setattr 469 469; truncate 76 45
+"""
+# Judged by an argument, given as (x86_64, aarch64): see build_filter.
+CLONE, KILL_, TGKILL, PRLIMIT = (56, 220), (62, 129), (234, 131), (302, 261)
+PRCTL, FCNTL, IOCTL, SOCKETPAIR = (157, 167), (72, 25), (16, 29), (53, 199)
+CLONE3 = 435
+PDEATHSIG = 1  # prctl
+# fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY, by which signals are sent
+SIGNALLING = (8, 10, 15, 1024, 1026)
+# ioctl: FIOSETOWN, SIOCSPGRP, FIOASYNC, TIOCSTI
+SIGNALLING_IOCTLS = (0x8901, 0x8902, 0x5452, 0x5412)
+SOCK_STREAM, SOCK_KIND = 1, 0xF
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32 = 0x40000000  # system calls of the x32 ABI have this bit
 
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 ALLOW, KILL, FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data, low half of arguments
+NUMBER, ARCH, FIRST, SECOND = 0, 4, 16, 24  # offsets in struct seccomp_data, low half of arguments
 CLONE_THREAD = 0x00010000
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 
@@ -65,14 +76,17 @@ Instruction = tuple[int, int, int, int]
 """(code, instructions skipped if true, if false, operand)"""
 
 
-def denied_numbers(machine: str) -> list[int]:
+def numbers(table: str, machine: str) -> list[int]:
     column = 1 if machine == "x86_64" else 2
-    rows = [row.split() for line in TABLE.strip().splitlines() for row in line.split(";")]
+    rows = [row.split() for line in table.strip().splitlines() for row in line.split(";")]
     return [int(row[column]) for row in rows if row[column] != "-"]
 
 
-def build_filter(machine: str, own_pid: int) -> list[Instruction]:
-    """The filter's instructions. Raises KeyError for a machine that the table does not know."""
+def build_filter(machine: str, own_pid: int, metadata: bool) -> list[Instruction]:
+    """The filter's instructions. metadata: whether files' metadata may be changed.
+
+    Raises KeyError for a machine that the tables do not know.
+    """
     denied, missing = FAIL | errno.EPERM, FAIL | errno.ENOSYS
     made: list[Instruction] = [
         (LOAD, 0, 0, ARCH),
@@ -82,36 +96,44 @@ def build_filter(machine: str, own_pid: int) -> list[Instruction]:
     ]
     if machine == "x86_64":
         made += [(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, denied)]
-    for number in denied_numbers(machine):
+    refused = numbers(DENIED, machine) + ([] if metadata else numbers(METADATA, machine))
+    for number in refused:
         made += [(EQUAL, 0, 1, number), (RETURN, 0, 0, denied)]
     # glibc asks for clone3 first and takes clone where there is none.
     made += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, missing)]
-    column = 0 if machine == "x86_64" else 1
-    tests = [(CLONE[machine], [(ANY_BIT, CLONE_THREAD)])]
-    tests += [(numbers[column], [(EQUAL, own_pid)]) for numbers in OF_ITSELF.values()]
-    tests += [(PRLIMIT[machine], [(EQUAL, own_pid), (EQUAL, 0)])]
-    for number, accepted in tests:
-        block: list[Instruction] = [(LOAD, 0, 0, FIRST_ARGUMENT)]
-        for code, operand in accepted:
-            block += [(code, 0, 1, operand), (RETURN, 0, 0, ALLOW)]
-        block += [(RETURN, 0, 0, denied)]
+    allow, deny = (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, denied)
+    first, second = (LOAD, 0, 0, FIRST), (LOAD, 0, 0, SECOND)
+    itself = [first, (EQUAL, 0, 1, own_pid), allow]
+    tests: list[tuple[tuple[int, int], list[Instruction]]] = [
+        (CLONE, [first, (ANY_BIT, 0, 1, CLONE_THREAD), allow, deny]),
+        (KILL_, [*itself, deny]),
+        (TGKILL, [*itself, deny]),
+        (PRLIMIT, [*itself, (EQUAL, 0, 1, 0), allow, deny]),
+        (PRCTL, [first, (EQUAL, 0, 1, PDEATHSIG), deny, allow]),
+        (FCNTL, [second, *(i for c in SIGNALLING for i in ((EQUAL, 0, 1, c), deny)), allow]),
+        (IOCTL, [second, *(i for c in SIGNALLING_IOCTLS for i in ((EQUAL, 0, 1, c), deny)), allow]),
+        (SOCKETPAIR, [second, (AND, 0, 0, SOCK_KIND), (EQUAL, 0, 1, SOCK_STREAM), allow, deny]),
+    ]
+    for pair, block in tests:
+        number = pair[0 if machine == "x86_64" else 1]
         made += [(EQUAL, 0, len(block), number), *block]
-    return [*made, (RETURN, 0, 0, ALLOW)]
+    return [*made, allow]
 
 
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def install() -> None:
+def install(metadata: bool) -> None:
     """Puts the calling process, which must have set no_new_privs, under the filter for good.
 
-    Raises OSError where the kernel has no seccomp, or the table does not know the machine.
+    metadata: whether it may change files' metadata. Raises OSError where the kernel has no seccomp,
+    or the tables do not know the machine.
     """
     machine = platform.machine()
     if machine not in AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"no table of system calls for {machine}")
-    instructions = build_filter(machine, os.getpid())
+    instructions = build_filter(machine, os.getpid(), metadata)
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
     program = _Program(len(instructions), code)
     libc = ctypes.CDLL(None, use_errno=True)

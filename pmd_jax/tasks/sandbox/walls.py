@@ -14,21 +14,23 @@ import platform
 import resource
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER = 0x00020000, 0x04000000, 0x08000000, 0x10000000
 NEW_PIDS, NEW_NETWORK = 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
-MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1024, 2048, 1 << 21
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+MOUNT_READ_ONLY, MOUNT_NO_SETUID = 1, 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 SYSTEM_FILES = (*LIBRARIES, "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime")
 NOT_PYTHON_ITSELF = "site-packages", "dist-packages"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-TEMPORARY = "/tmp"
+BOX = "/box"  # where programs write, in a root of its own; /tmp may hold packages of ours
+MAX_FILES = 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -85,17 +87,14 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _call(f"mount {target}", _libc.mount(*names, ctypes.c_ulong(flags), data.encode()))
 
 
-def _flags_of(path: str) -> int:
-    """A mount's flags, which a user namespace may add to but not take from."""
-    known = os.statvfs(path).f_flag
-    flags = known & (MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME)
-    return flags | (MS_RELATIME if known & 4096 else 0)
-
-
 def _show(path: str, root: str) -> None:
-    """`path`, read-only, at its own place under `root`."""
+    """`path` at its own place under `root`; a link as the link that it is."""
     target = root + path
-    if os.path.exists(target):
+    if os.path.lexists(target):
+        return
+    if os.path.islink(path):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.symlink(os.readlink(path), target)
         return
     if os.path.isdir(path):
         os.makedirs(target)
@@ -104,15 +103,13 @@ def _show(path: str, root: str) -> None:
         with open(target, "w"):
             pass
     _mount(path, target, "", MS_BIND | MS_REC)
-    if not path.startswith("/dev/"):
-        flags = _flags_of(target) | MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID
-        _mount("", target, "", flags)
 
 
-def enter_own_root(readable: Sequence[str], hidden: Sequence[str]) -> None:
-    """A root that holds `readable`, read-only and without `hidden`, four devices, and /tmp.
+def enter_own_root(readable: Sequence[str], hidden: Sequence[str], packages: Sequence[str]) -> None:
+    """A root that holds `readable` without `hidden`, `packages`, four devices, and an empty BOX.
 
-    Needs a mount namespace of its own. Raises OSError.
+    All of it is read-only, mounts within mounts too. Needs a mount namespace of its own and Linux
+    5.12. Raises OSError.
     """
     _mount("", "/", "", MS_REC | MS_PRIVATE)
     # Over /proc, which nothing below needs: any other place could hide what is to be shown.
@@ -120,13 +117,14 @@ def enter_own_root(readable: Sequence[str], hidden: Sequence[str]) -> None:
     _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in sorted({p for p in (*readable, *SYSTEM_FILES) if os.path.exists(p)}, key=len):
         _show(path, root)
-    for path in DEVICES:
-        _show(path, root)
     for path in hidden:
         if os.path.isdir(root + path):
-            flags = MS_NOSUID | MS_NODEV | MS_RDONLY
-            _mount("tmpfs", root + path, "tmpfs", flags, "size=4k,mode=755")
-    os.makedirs(root + TEMPORARY, exist_ok=True)
+            _mount("tmpfs", root + path, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for path in (*packages, *DEVICES):
+        _show(path, root)
+    os.makedirs(root + BOX)
+    if not os.path.lexists(root + "/tmp"):
+        os.symlink(BOX, root + "/tmp")
     os.chdir(root)
     pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine())
     if pivot_root is None:
@@ -134,18 +132,26 @@ def enter_own_root(readable: Sequence[str], hidden: Sequence[str]) -> None:
     _call("pivot_root", _libc.syscall(pivot_root, b".", b"."))
     _call("umount2", _libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
-    _mount("", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    _make_read_only("/")
+
+
+def _make_read_only(path: str) -> None:
+    """A mount and all within it, for good as far as this namespace goes."""
+    attributes = struct.pack("QQQQ", MOUNT_READ_ONLY | MOUNT_NO_SETUID, 0, 0, 0)
+    size = ctypes.c_size_t(len(attributes))
+    done = _libc.syscall(MOUNT_SETATTR, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, size)
+    _call("mount_setattr", done)
 
 
 @contextlib.contextmanager
-def fresh_tmp(size_bytes: int):
-    """An empty /tmp of its own, gone afterwards with all that was written into it."""
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    _mount("tmpfs", TEMPORARY, "tmpfs", flags, f"size={size_bytes},mode=1777")
+def fresh_box(size_bytes: int) -> Iterator[str]:
+    """An empty file system to write into, gone afterwards with all that was written."""
+    flags, limits = MS_NOSUID | MS_NODEV | MS_NOEXEC, f"size={size_bytes},nr_inodes={MAX_FILES}"
+    _mount("tmpfs", BOX, "tmpfs", flags, f"{limits},mode=1777")
     try:
-        yield TEMPORARY
+        yield BOX
     finally:
-        _call("umount2", _libc.umount2(TEMPORARY.encode(), MNT_DETACH))
+        _call("umount2", _libc.umount2(BOX.encode(), MNT_DETACH))
 
 
 # --- Landlock -----------------------------------------------------------------------------------
@@ -153,7 +159,8 @@ def fresh_tmp(size_bytes: int):
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 WRITE_FILE, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG = 1 << 1, 1 << 4, 1 << 5, 1 << 7, 1 << 8
-TRUNCATE = 1 << 14
+REFER, TRUNCATE = 1 << 13, 1 << 14
+TO_OTHERS = 3  # what Landlock's version 6 scopes: abstract sockets and signals
 
 
 def landlock_version() -> int:
@@ -173,11 +180,9 @@ def landlock(readable: Iterable[str], listable: Iterable[str], writable: str) ->
         raise OSError(errno.ENOSYS, "the kernel has no Landlock")
     bits = 13 + min(version - 1, 2) + (1 if version >= 5 else 0)
     handled = (1 << bits) - 1
-    attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
-    made = _libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
-    ruleset = _call("landlock_create_ruleset", made)
-    os.set_inheritable(ruleset, False)
+    scoped = TO_OTHERS if version >= 6 else 0
+    attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, scoped)
+    ruleset = _ruleset(attributes[: 24 if version >= 6 else 16 if version >= 4 else 8])
 
     def allow(path: str, access: int) -> None:
         try:
@@ -186,8 +191,9 @@ def landlock(readable: Iterable[str], listable: Iterable[str], writable: str) ->
             return
         if not os.path.isdir(path):
             access &= READ_FILE | WRITE_FILE | TRUNCATE
-        rule = struct.pack("=Qi", access & handled, place)
-        _call(f"landlock_add_rule {path}", _libc.syscall(ADD_RULE, ruleset, 1, rule, 0))
+        if access & handled:
+            rule = struct.pack("=Qi", access & handled, place)
+            _call(f"landlock_add_rule {path}", _libc.syscall(ADD_RULE, ruleset, 1, rule, 0))
         os.close(place)
 
     for path in readable:
@@ -196,8 +202,25 @@ def landlock(readable: Iterable[str], listable: Iterable[str], writable: str) ->
         allow(path, READ_DIR)
     for path in DEVICES:
         allow(path, READ_FILE | WRITE_FILE)
-    write = WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | TRUNCATE
+    write = WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | REFER | TRUNCATE
     allow(writable, READ_FILE | READ_DIR | write)
+    return ruleset
+
+
+def landlock_scope() -> int:
+    """A ruleset's descriptor: no signals to, nor abstract sockets of, other processes.
+
+    For a root of its own, which needs no rules for files. Raises OSError.
+    """
+    if landlock_version() < 6:
+        raise OSError(errno.ENOSYS, "the kernel's Landlock knows no scopes")
+    return _ruleset(struct.pack("QQQ", 0, 0, TO_OTHERS))
+
+
+def _ruleset(attributes: bytes) -> int:
+    made = _libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+    ruleset = _call("landlock_create_ruleset", made)
+    os.set_inheritable(ruleset, False)
     return ruleset
 
 
@@ -226,6 +249,28 @@ def enter_landlock(ruleset: int) -> None:
 
 
 # --- the process itself -------------------------------------------------------------------------
+
+
+def remove_contents(folder: str) -> None:
+    """Empties a folder of whatever a program left: deep, locked or named oddly.
+
+    Folders are flattened, so that no path is long and nothing recurses. Raises OSError.
+    """
+    count = 0
+    while names := os.listdir(folder):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.isdir(path) or os.path.islink(path):
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            for inner in os.listdir(path):
+                count += 1
+                source = os.path.join(path, inner)
+                if os.path.isdir(source) and not os.path.islink(source):
+                    os.chmod(source, 0o700)  # a folder moves only where it can be written
+                os.rename(source, os.path.join(folder, f".{os.getpid()}.{count}"))
+            os.rmdir(path)
 
 
 def drop_privileges(uid: int | None) -> None:
