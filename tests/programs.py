@@ -122,6 +122,13 @@ VALID = {
         "",
         "40000",
     ),
+    "forty threads": valid(
+        "from concurrent.futures import ThreadPoolExecutor as P\n"
+        "import time\nwith P(40) as p:\n"
+        "    list(p.map(time.sleep, [0.1] * 40))\nprint(6)",
+        "",
+        "6",
+    ),
     "a thread that nobody joins": valid(
         "import threading\nthreading.Thread(target=lambda: print(6)).start()", "", "6"
     ),
@@ -545,7 +552,7 @@ HOSTILE = {
     "no such function": hostile("def g(x):\n    return x", "error", said="'f'", function="f"),
     "wrong arguments": hostile("def f():\n    return 1", "error", said="TypeError", function="f"),
     "an endless value": hostile(
-        "def f(x):\n    a = []\n    a.append(a)\n    return a", "error", function="f"
+        "def f(x):\n    a = []\n    a.append(a)\n    return a", "error", "time", function="f"
     ),
     "quit is not there": hostile("quit()", "error", said="TypeError"),
 }

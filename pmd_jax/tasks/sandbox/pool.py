@@ -33,6 +33,9 @@ WALLS: tuple[Wall, ...] = ("namespaces", "bubblewrap", "none")
 PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")  # what programs may import beside Python
 FIRST_UID = 1_900_000_000  # of tests where the pool runs as root: no user's, and one a server
 MAX_TEXT, MAX_FRAMES = 400, 4  # of what a program says that it raised
+# Programs give the same output each time; threads share one arena of the limited address space.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 START_SECONDS = 30.0
 SLACK_SECONDS = 30.0  # of a server that has other tests' processes beside it
 
@@ -300,7 +303,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=ENVIRONMENT,
                 cwd="/",
                 bufsize=0,
                 start_new_session=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import gc
 import io
 import json
@@ -197,22 +198,16 @@ def plain(value: Any, top: bool = False) -> Any:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """An exception as feedback shows it: type, message, and its lines in the program."""
-    frames = []
+    said: dict[str, Any] = {"type": type(error).__name__[:MAX_TEXT], "frames": []}
     if isinstance(error, SyntaxError) and error.filename == FILE:
-        frames = [[error.lineno or 0, "<module>", (error.text or "").strip()[:MAX_TEXT]]]
-        message = error.msg
-    else:
-        message = _text_of(error)
+        source = (error.text or "").strip()[:MAX_TEXT]
+        return said | {"message": error.msg, "frames": [[error.lineno or 0, "<module>", source]]}
+    said["message"] = _text_of(error)[:MAX_TEXT]
+    with contextlib.suppress(Exception):  # lines are looked up, which may need what is used up
         seen = traceback.extract_tb(error.__traceback__, limit=-200)
-        own = [frame for frame in seen if frame.filename == FILE]
-        frames = [
-            [frame.lineno, frame.name, (frame.line or "")[:MAX_TEXT]] for frame in own[-MAX_FRAMES:]
-        ]
-    return {
-        "type": type(error).__name__[:MAX_TEXT],
-        "message": str(message)[:MAX_TEXT],
-        "frames": frames[::-1],
-    }
+        own = [frame for frame in seen if frame.filename == FILE][-MAX_FRAMES:]
+        said["frames"] = [[f.lineno, f.name, (f.line or "")[:MAX_TEXT]] for f in reversed(own)]
+    return said
 
 
 def _text_of(error: BaseException) -> str:
