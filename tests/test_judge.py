@@ -68,6 +68,8 @@ def test_the_code_of_a_response(text, official, sdpo):
         ("", "0", False, False),
         ("1 2 3", "1 2", False, False),
         ("1", "1 2", False, False),
+        ("1\n2", "1", False, False),  # a line more
+        ("1", "1\n2", False, False),
         ("01", "1", True, False),
         ("+1", "1", True, False),
         ("nan", "nan", True, True),
