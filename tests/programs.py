@@ -70,6 +70,12 @@ VALID = {
         "",
         "6",
     ),
+    "sys.stdout detached": valid(
+        "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\nprint(6)", "", "6"
+    ),
+    "Path('/dev/stdin')": valid(
+        "from pathlib import Path\nprint(Path('/dev/stdin').read_text().strip())", "6\n", "6"
+    ),
     "sys.stdout closed": valid("import sys\nprint(6)\nsys.stdout.close()", "", "6"),
     "a stream of its own, not flushed": valid("f = open(1, 'w')\nf.write('6')", "", "6"),
     "printed by __del__": valid("class A:\n    def __del__(self): print(6)\na = A()", "", "6"),
@@ -382,7 +388,8 @@ HOSTILE = {
         own_root=True,
     ),
     "folders in folders": hostile(
-        "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')", "wrong"
+        "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')",
+        *("wrong", "error"),
     ),
     "many open files": hostile("x = [open(0) for _ in range(9999)]", "error", "wrong"),
     "many descriptors": hostile(

@@ -122,6 +122,13 @@ def test_keys_that_no_json_has_are_not_gathered():
     assert not same_value(sent, "{}", "official")
 
 
+@pytest.mark.parametrize("depth", [100, 300, 600, 900, 960, 980, 985, 988, 990, 995, 2000])
+def test_a_deep_value_is_wrong_and_no_error_of_the_judge(judge, depth):
+    code = f"def f(x):\n    v = 1\n    for _ in range({depth}): v = [v]\n    return v"
+    verdict = judge.verify(UnitTests(("1",), ("1",), "f"), f"```python\n{code}\n```", True)
+    assert not verdict.correct and verdict.feedback
+
+
 # --- verdicts -----------------------------------------------------------------------------------
 
 SUM = UnitTests(("1 2\n", "3 4\n", "5 6\n"), ("3", "7", "11"), "", 2.0)

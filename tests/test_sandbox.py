@@ -218,6 +218,8 @@ def test_a_program_finds_nothing_of_an_earlier_job_in_its_memory(judge):
         "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')",
         "import os\nos.mkdir('d', 0o300)\nopen('d/x', 'w').write('x')",
         "import os\nos.mkdir('n', 0)",
+        "import os\np = os.getppid()\nfor i in range(40): open(f'.{p}.{i}', 'w').close()\n"
+        "for i in range(4): os.makedirs(f'd{i}/x')",
         "import os\nos.makedirs('a/b/c')\nopen('a/b/c/x', 'w')\nos.symlink('/', 'a/l')\n"
         "os.chmod('a', 0) if hasattr(os, 'chmod') else None",
     ],

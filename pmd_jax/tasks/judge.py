@@ -30,6 +30,7 @@ from pmd_jax.tasks.feedback import CaseResult, Outcome, write_feedback
 from pmd_jax.tasks.sandbox import Execution, Program, Rules, Sandbox, SandboxConfig
 
 MAX_LINE = 10_000  # characters, beyond which tokens are counted before any is read
+MAX_KEPT = 4000  # characters of a test's texts in a judgement
 CACHED = 8192  # judgements that are kept, by code and tests
 
 
@@ -65,8 +66,10 @@ def same_output(printed: str, expected: str, rules: Rules = "official") -> bool:
     """Whether what a program printed is what a test wants."""
     if rules == "sdpo":
         return _one_line(printed) == _one_line(expected)
-    found, wanted = _stripped_lines(printed), _stripped_lines(expected)
-    return len(found) == len(wanted) and all(map(_same_line, found, wanted))
+    printed, expected = printed.strip(), expected.strip()
+    if printed.count("\n") != expected.count("\n"):
+        return False
+    return all(map(_same_line, _stripped_lines(printed), _stripped_lines(expected)))
 
 
 def _one_line(text: str) -> str:
@@ -74,7 +77,7 @@ def _one_line(text: str) -> str:
 
 
 def _stripped_lines(text: str) -> list[str]:
-    return [line.strip() for line in text.strip().split("\n")]
+    return [line.strip() for line in text.split("\n")]
 
 
 def _same_line(found: str, wanted: str) -> bool:
@@ -187,7 +190,9 @@ def _result(number: int, ran: Execution, check: UnitTests, rules: Rules) -> Case
     expected, shown = check.outputs[number], ran.output
     if check.function and ran.end == "done":
         passed = ran.returned and same_value(ran.value, expected, rules)
-        shown = _shown(ran.value) if ran.returned else "nothing: the process ended by itself"
+        shown = "nothing: the process ended by itself"
+        if ran.returned:
+            shown = "" if passed else _shown(ran.value)
     else:
         passed = ran.end == "done" and same_output(shown, expected, rules)
     outcome: Outcome = ran.end if ran.end != "done" else "passed" if passed else "wrong"
@@ -197,13 +202,15 @@ def _result(number: int, ran: Execution, check: UnitTests, rules: Rules) -> Case
 
 
 def _kept(text: str) -> str:
-    return text if len(text) <= 4000 else text[:4000] + "..."
+    return text if len(text) <= MAX_KEPT else text[:MAX_KEPT] + "..."
 
 
 def _shown(value: Any) -> str:
     """A plain value as a reader of feedback knows it."""
     try:
-        restored = _restored(value, tuple)
-        return json.dumps(restored) if restored == _restored(value, list) else repr(restored)
+        text = json.dumps(value)
+        if '{"' not in text or len(text) > MAX_KEPT:  # JSON's own, or too long to be shown
+            return text
+        return repr(_restored(value, tuple))
     except (ValueError, TypeError, KeyError, RecursionError):
-        return json.dumps(value)
+        return "a value that JSON could not have given"

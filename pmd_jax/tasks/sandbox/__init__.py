@@ -18,7 +18,8 @@ What is covered, where the kernel gives it (`Protections` says by what, at start
 What is not:
     * a bug of the kernel or the processor, side channels, and load: tests share CPUs and caches;
     * where only Landlock stands (`files by landlock`): names, sizes and times of files can be seen,
-      the sum of small files is not limited, nor is the number of threads;
+      the sum of small files is not limited, nor is the number of threads, which under bubblewrap as
+      root is not limited either; there programs make no folders;
     * advisory locks on Python's own files, which nothing of ours takes;
     * a program sees all of its problem's inputs, not the one of its test alone;
     * the clock and the machine's kernel version, number of CPUs and uptime: a program sees them;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import queue
@@ -19,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,7 +39,7 @@ MAX_TEXT, MAX_FRAMES = 400, 4  # of what a program says that it raised
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
 ENVIRONMENT |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 START_SECONDS = 30.0
-SLACK_SECONDS = 30.0  # of a server that has other tests' processes beside it
+SLACK_SECONDS = 30.0  # beyond a test's own, on a busy machine
 
 
 class SandboxError(RuntimeError):
@@ -137,6 +139,11 @@ class Execution:
     cpu_seconds: float
 
 
+_NUMBERS = itertools.count()  # of servers of this process, whose tests are different users
+# bubblewrap's servers die with the thread that started them, so one thread starts all and lives.
+_STARTER = ThreadPoolExecutor(1, "sandbox-starter")
+
+
 class Sandbox:
     """A pool of servers that run untrusted programs. Threads may share it; they wait in turn.
 
@@ -152,7 +159,7 @@ class Sandbox:
         self._workers: list[_Worker] = []
         self._closed = False
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _close_all, self._workers)
+        self._finalizer = weakref.finalize(self, _close_all, self._workers, os.getpid())
         self.wall, first = self._first()
         self.protections = first.protections
         if self.config.require == "isolated" and not self.protections.isolated:
@@ -177,12 +184,13 @@ class Sandbox:
         raise SandboxError("the sandbox cannot start; " + "; ".join(tried))
 
     def _start(self, wall: Wall) -> _Worker:
+        worker = _Worker(self.config, wall)
         with self._lock:
-            if self._closed:
-                raise SandboxError("the sandbox was closed")
-            number = len(self._workers)
-            worker = _Worker(self.config, wall, number)
+            closed = self._closed
             self._workers.append(worker)
+        if closed:
+            worker.close()
+            raise SandboxError("the sandbox was closed")
         known = getattr(self, "protections", worker.protections)
         if worker.protections != known:
             worker.close()
@@ -208,18 +216,17 @@ class Sandbox:
             "cpu_seconds": cpu_seconds,
             "wall_seconds": cpu_seconds * self.config.wall_factor,
         }
-        seconds = SLACK_SECONDS + len(inputs) * job["wall_seconds"]
         worker = self._idle.get()
         try:
             if worker is None:
                 worker = self._start(self.wall)
             try:
-                return worker.ask(job, seconds, see)
+                return worker.ask(job, see)
             except SandboxError:
                 worker.close()
                 worker = None
                 worker = self._start(self.wall)
-                return worker.ask(job, seconds, see)
+                return worker.ask(job, see)
         except BaseException:
             if worker is not None:
                 worker.close()
@@ -241,7 +248,9 @@ class Sandbox:
         self.close()
 
 
-def _close_all(workers: list[_Worker]) -> None:
+def _close_all(workers: list[_Worker], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork's copy; the servers are its parent's
     for worker in workers:
         worker.close()
 
@@ -291,14 +300,15 @@ def _text(said: Any) -> str:
 class _Worker:
     """One server and the two pipes to it. One thread asks at a time; any may close."""
 
-    def __init__(self, config: SandboxConfig, wall: Wall, number: int):
+    def __init__(self, config: SandboxConfig, wall: Wall):
         self._box = tempfile.mkdtemp(prefix="pmd-sandbox-") if wall == "none" else ""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
         self._asking = threading.Lock()
         self._buffer = bytearray()
-        command = _command(wall, _settings(config, wall, number, self._box))
+        command = _command(wall, _settings(config, wall, next(_NUMBERS), self._box))
         try:
-            self._process = subprocess.Popen(
+            self._process = _STARTER.submit(
+                subprocess.Popen,
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -307,7 +317,7 @@ class _Worker:
                 cwd="/",
                 bufsize=0,
                 start_new_session=True,
-            )
+            ).result()
         except OSError as error:
             self._errors.close()
             self._remove_box()
@@ -327,17 +337,16 @@ class _Worker:
             **{name: by for name, by in hello["protections"].items() if name in known}
         )
 
-    def ask(
-        self, job: dict[str, Any], seconds: float, see: Callable[[int, Execution], Result]
-    ) -> list[Result]:
+    def ask(self, job: dict[str, Any], see: Callable[[int, Execution], Result]) -> list[Result]:
         """What `see` makes of each test. Raises SandboxError where the server dies or is late."""
-        deadline, results = time.monotonic() + seconds, []
+        results = []
         data = json.dumps(job).encode()
         with self._asking:
             if self._errors.closed:
                 raise SandboxError("the sandbox was closed")
-            self._write(len(data).to_bytes(8, "big") + data, deadline)
+            self._write(len(data).to_bytes(8, "big") + data, time.monotonic() + SLACK_SECONDS)
             for number in range(len(job["inputs"])):
+                deadline = time.monotonic() + SLACK_SECONDS + job["wall_seconds"]
                 about = json.loads(self._line(deadline))
                 output = self._exactly(about["output"], deadline)
                 said = self._exactly(about["report"], deadline)
@@ -396,6 +405,12 @@ class _Worker:
         """Ends the server, and with it what it runs. Twice is once."""
         if self._errors.closed:
             return
+        if self._asking.acquire(blocking=False):  # it idles, and ends with the pipe of jobs
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._asking.release()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -403,12 +418,15 @@ class _Worker:
             for file in (self._process.stdin, self._process.stdout, self._errors):
                 if file is not None:
                     file.close()
-        self._remove_box()
+            self._remove_box()
 
     def _remove_box(self) -> None:
-        if self._box and os.path.isdir(self._box):
-            walls.remove_contents(self._box)
-            os.rmdir(self._box)
+        """The folder of tests goes too; what was killed a moment ago may still write into it."""
+        deadline = time.monotonic() + 2.0
+        while self._box and os.path.isdir(self._box) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                walls.remove_contents(self._box)
+                os.rmdir(self._box)
 
 
 def _packages() -> dict[str, str]:

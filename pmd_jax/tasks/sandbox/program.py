@@ -89,8 +89,9 @@ def _report(job: dict[str, Any], text: str, names: dict[str, Any]) -> dict[str, 
         module.__dict__.clear()
         gc.collect()  # what is left open is written
         for stream in {sys.stdout, sys.__stdout__}:
-            if stream is not None and not getattr(stream, "closed", True):
-                stream.flush()
+            with contextlib.suppress(ValueError):  # closed or detached
+                if stream is not None:
+                    stream.flush()
     except BaseException as error:
         report = report if "error" in report else {"error": describe(error)}
     return report
@@ -108,6 +109,7 @@ def _prepare(job: dict[str, Any], text: str, names: dict[str, Any]) -> types.Mod
     random.seed(0)
     # exit and quit as the official harness has them; the streams' names are no files here.
     vars(builtins).update(exit=sys.exit, quit=None, open=_open_or_stream)
+    vars(io).update(open=_open_or_stream)  # pathlib's
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     if job["rules"] == "sdpo":
@@ -119,7 +121,9 @@ def _prepare(job: dict[str, Any], text: str, names: dict[str, Any]) -> types.Mod
 
 
 def _open_or_stream(file: Any, *rest: Any, **named: Any) -> Any:
-    return _open(STREAMS.get(file, file) if isinstance(file, str) else file, *rest, **named)
+    if isinstance(file, str | os.PathLike):
+        file = STREAMS.get(str(file), file)
+    return _open(file, *rest, **named)
 
 
 def _outcome(job: dict[str, Any], text: str, module: types.ModuleType) -> dict[str, Any]:

@@ -42,7 +42,7 @@ TURN_SECONDS = 0.05  # between two looks at a running test's clocks
 FIRST_FREE = 10  # descriptors from here on are out of the way of a test's own
 LAST_DESCRIPTOR = 1 << 20
 READY = b"+"  # opens a report once the walls are up
-REPORT_BYTES = 4 << 20
+REPORT_BYTES = 2 << 20
 PRELOADED = "numpy", "sortedcontainers"  # packages that may be there, read once for a job's tests
 
 
@@ -346,6 +346,7 @@ def _send(pipe: int, data: bytes, line: bool = True) -> None:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the host may ignore it
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # or block others
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # ends come by the pipe, or SIGKILL
     jobs, replies = (fcntl(fd, F_DUPFD_CLOEXEC, FIRST_FREE) for fd in (0, 1))
@@ -368,6 +369,10 @@ def main() -> None:
         _send(replies, json.dumps({"ready": False, "why": str(error)}).encode())
         return
     server.serve(jobs, replies)
+    if settings["box"]:  # the host may have been killed
+        with contextlib.suppress(OSError):
+            walls.remove_contents(server.box)
+            os.rmdir(server.box)
 
 
 if __name__ == "__main__":

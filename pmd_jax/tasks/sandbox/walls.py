@@ -12,6 +12,7 @@ import errno
 import os
 import platform
 import resource
+import secrets
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,8 +159,7 @@ def fresh_box(size_bytes: int) -> Iterator[str]:
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
-WRITE_FILE, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG = 1 << 1, 1 << 4, 1 << 5, 1 << 7, 1 << 8
-REFER, TRUNCATE = 1 << 13, 1 << 14
+WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 1, 1 << 5, 1 << 8, 1 << 14
 TO_OTHERS = 3  # what Landlock's version 6 scopes: abstract sockets and signals
 
 
@@ -169,8 +169,9 @@ def landlock_version() -> int:
 
 
 def landlock(readable: Iterable[str], listable: Iterable[str], writable: str) -> int:
-    """A ruleset's descriptor: read the files of `readable`, write below `writable`, no more.
+    """A ruleset's descriptor: read the files of `readable`, write files in `writable`, no more.
 
+    No folders are made there: on some file systems they are slow to remove.
     listable: folders whose names may be listed, which finding a module needs.
     Also forbids TCP (version 4) and, from 6 on, signals to and sockets of other processes.
     Raises OSError.
@@ -202,7 +203,7 @@ def landlock(readable: Iterable[str], listable: Iterable[str], writable: str) ->
         allow(path, READ_DIR)
     for path in DEVICES:
         allow(path, READ_FILE | WRITE_FILE)
-    write = WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | REFER | TRUNCATE
+    write = WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
     allow(writable, READ_FILE | READ_DIR | write)
     return ruleset
 
@@ -254,9 +255,10 @@ def enter_landlock(ruleset: int) -> None:
 def remove_contents(folder: str) -> None:
     """Empties a folder of whatever a program left: deep, locked or named oddly.
 
-    Folders are flattened, so that no path is long and nothing recurses. Raises OSError.
+    Folders are flattened, so that no path is long and nothing recurses, under names that the
+    program, which has ended, could not foresee. Raises OSError.
     """
-    count = 0
+    token, count = secrets.token_hex(8), 0
     while names := os.listdir(folder):
         for name in names:
             path = os.path.join(folder, name)
@@ -269,7 +271,7 @@ def remove_contents(folder: str) -> None:
                 source = os.path.join(path, inner)
                 if os.path.isdir(source) and not os.path.islink(source):
                     os.chmod(source, 0o700)  # a folder moves only where it can be written
-                os.rename(source, os.path.join(folder, f".{os.getpid()}.{count}"))
+                os.rename(source, os.path.join(folder, f"{token}.{count}"))
             os.rmdir(path)
 
 
