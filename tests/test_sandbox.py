@@ -24,7 +24,7 @@ from pmd_jax.tasks.sandbox import (
     SandboxConfig,
     SandboxError,
 )
-from pmd_jax.tasks.sandbox import pool as pool_module
+from pmd_jax.tasks.sandbox import worker as worker_module
 
 LIMIT_SECONDS = 0.5
 LINUX = sys.platform == "linux"
@@ -303,11 +303,11 @@ def test_a_sandbox_that_cannot_run_is_an_error_and_never_a_verdict(monkeypatch):
 
 
 def test_a_sandbox_that_cannot_start_says_why(monkeypatch):
-    monkeypatch.setattr(pool_module, "_command", lambda *_: ["/nowhere/python"])
+    monkeypatch.setattr(worker_module, "_command", lambda *_: ["/nowhere/python"])
     with pytest.raises(SandboxError, match="cannot start; namespaces: could not start /nowhere"):
         Sandbox(settings())
     monkeypatch.setattr(
-        pool_module, "_command", lambda *_: [sys.executable, "-c", "raise ValueError('broken')"]
+        worker_module, "_command", lambda *_: [sys.executable, "-c", "raise ValueError('broken')"]
     )
     with pytest.raises(SandboxError, match="status 1: ValueError: broken"):
         Sandbox(settings())

@@ -28,23 +28,25 @@ What is not:
 
 A sandbox that cannot start or run raises SandboxError, and is never taken for a wrong answer.
 
-    pool.py      the servers as the host sees them     server.py    inside: server, runner, tests
+    execution.py what goes in and comes out            pool.py      servers that threads share
+    worker.py    one server as the host sees it        server.py    inside: server, runner, tests
     program.py   a test's process                      walls.py     namespaces, Landlock, limits
     seccomp.py   the filter of system calls
 
-The last four import nothing of the package and run where nothing else of it can be read.
+server.py, program.py, walls.py and seccomp.py import nothing of the package: they run where nothing
+else of it can be read.
 """
 
-from pmd_jax.tasks.sandbox.pool import (
+from pmd_jax.tasks.sandbox.execution import (
     Execution,
     Program,
     Protections,
     Raised,
     Rules,
-    Sandbox,
     SandboxConfig,
     SandboxError,
 )
+from pmd_jax.tasks.sandbox.pool import Sandbox
 
 __all__ = [
     "Execution",
