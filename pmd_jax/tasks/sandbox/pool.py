@@ -52,7 +52,7 @@ class Sandbox:
                 return wall, self._start(wall)
             except SandboxError as error:
                 tried.append(f"{wall}: {error}")
-        raise SandboxError("the sandbox cannot start; " + "; ".join(tried))
+        raise SandboxError("sandbox.wall: cannot start; " + "; ".join(tried))
 
     def _start(self, wall: Wall) -> Worker:
         worker = Worker(self.config, wall)
