@@ -41,8 +41,8 @@ def base(tmp_path_factory):
     )
 
 
-@pytest.fixture(autouse=True)
-def lent(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def lent():
     """Of each group one response is right, one wrong, one raises, and one has no code."""
 
     def code_of(problem, sample):
@@ -67,22 +67,29 @@ def lent(monkeypatch):
         return lambda chats: [LESSONS[(seed + i) % 4] + "." for i, _ in enumerate(chats)]
 
     real_attempt = trainer.attempt
-    monkeypatch.setattr(trainer, "attempt", attempt)
-    monkeypatch.setattr(trainer, "make_generate", make_generate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "attempt", attempt)
+        patch.setattr(trainer, "make_generate", make_generate)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ran(base, lent, tmp_path_factory):
+    """The folder of a step of PMD."""
+    return run(base, tmp_path_factory.mktemp("pmd"))
 
 
 def run(config, tmp_path):
     return train(dataclasses.replace(config, output=str(tmp_path))).folder
 
 
-def test_a_step_on_programs_from_the_judge_to_the_loss(base, tmp_path):
-    folder = run(base, tmp_path)
-    [row] = lines(folder)
+def test_a_step_on_programs_from_the_judge_to_the_loss(ran):
+    [row] = lines(ran)
     assert row["accuracy"] == 0.25 and row["well_formed"] == 0.75
     assert 0.25 <= row["tests_passed"] < 0.5
     assert row["feedback/share"] == 0.75 and 0 < row["feedback/revealed"] < 0.1
     assert row["loss_fraction"] == 1.0
-    samples = {s["rollout"][-2:]: s for s in lines(folder, "samples.jsonl")[:4]}
+    samples = {s["rollout"][-2:]: s for s in lines(ran, "samples.jsonl")[:4]}
     assert samples[".0"]["correct"] and samples[".0"]["feedback"] == ""
     assert samples[".0"]["tests_passed"] == 1.0 and samples[".0"]["answer"] == ""
     assert "Wrong Answer" in samples[".1"]["feedback"] and samples[".1"]["revealed"] > 0
@@ -96,22 +103,20 @@ def test_a_step_on_programs_from_the_judge_to_the_loss(base, tmp_path):
     assert "sibling" not in samples[".0"]["section_tokens"]
 
 
-def test_evaluation_of_programs_has_tests_and_no_votes(base, tmp_path, capsys):
-    folder = run(base, tmp_path)
-    after = json.loads((folder / "evaluation.json").read_text())["after"]
+def test_evaluation_of_programs_has_tests_and_no_votes(ran):
+    after = json.loads((ran / "evaluation.json").read_text())["after"]
     assert after["tests_passed"] == after["average"] == 0.0  # a toy writes no code
     assert after["majority"] is after["chance"] is after["headroom"] is None
     assert after["majority_at"] == {} and after["pass_at"].keys() == {"1", "2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["grpo", "sdpo", "transient"])
+def test_other_rows_run_on_programs_unchanged(base, tmp_path, capsys, row):
+    folder = run(config_of(row, base, str(tmp_path), 0, "", 1), tmp_path)
     said = capsys.readouterr().out
     assert "programs are judged by official rules; files by" in said
     assert "tests passed" in said and "best constant letter" not in said
-
-
-@pytest.mark.parametrize(
-    "row", ["grpo", "sdpo", *(pytest.param(r, marks=pytest.mark.slow) for r in ("transient",))]
-)
-def test_other_rows_run_on_programs_unchanged(base, tmp_path, row):
-    folder = run(config_of(row, base, str(tmp_path), 0, "", 1), tmp_path)
     [metrics] = lines(folder)
     # SDPO's teacher has nothing for a group's only success.
     assert metrics["loss_fraction"] == (0.75 if row == "sdpo" else 1.0)
