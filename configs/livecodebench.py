@@ -10,10 +10,9 @@ update for each of a batch's 32 prompts; here a batch is one update. Chosen by u
 the slower clock, as in configs/sciknoweval.py.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
+from configs.sciknoweval import small
 from pmd_jax.config import ModelSection, RunConfig
 from pmd_jax.distill.divergence import DivergenceConfig
 from pmd_jax.distill.objectives import DistillConfig
@@ -22,7 +21,6 @@ from pmd_jax.evaluate import EvaluationConfig
 from pmd_jax.memory.reflection import ReflectionConfig
 from pmd_jax.memory.teacher import TeacherConfig
 from pmd_jax.policy.sampler import EngineConfig
-from pmd_jax.policy.sharding import MeshConfig
 from pmd_jax.rollout import RolloutConfig
 from pmd_jax.settings import to_config_dict
 from pmd_jax.tasks.task import TaskConfig
@@ -57,40 +55,10 @@ def paper() -> RunConfig:
     )
 
 
-def small(config: RunConfig) -> RunConfig:
-    change = dataclasses.replace
-    return change(
-        config,
-        name=config.name + "-small",
-        steps=2,
-        model=ModelSection("pypi:smollm2-135m-instruct", dtype="float32"),
-        mesh=MeshConfig(data=-1, fsdp=1),
-        engine=EngineConfig(max_rows=32, chunk=16),
-        task=change(config.task, response_style="direct"),
-        rollout=RolloutConfig(problems_per_step=2, rollouts_per_problem=4, max_new_tokens=192),
-        reflection=ReflectionConfig(
-            style="lines",
-            max_new_tokens=48,
-            behaviors_max_new_tokens=48,
-            min_problems_per_cluster=1,
-        ),
-        teacher=change(
-            config.teacher,
-            layout="system",
-            max_prompt_tokens=6144,
-            insight_tokens=128,
-            behavior_tokens=96,
-            top_k=1,
-        ),
-        distill=change(config.distill, teacher="current", micro_batch=1, bucket_tokens=256),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=0),
-        evaluation=EvaluationConfig(num_problems=8, num_samples=2),
-    )
-
-
 def get_config(argument: str = "") -> ConfigDict:
     if argument not in ("", "small"):
         raise ValueError(
             f"configs/livecodebench.py: the argument must be small or nothing; got {argument!r}"
         )
-    return to_config_dict(small(paper()) if argument else paper())
+    config = paper()
+    return to_config_dict(small(config, 192, 6144) if argument else config)

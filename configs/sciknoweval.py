@@ -53,7 +53,7 @@ def paper(domain: str) -> RunConfig:
     )
 
 
-def small(config: RunConfig) -> RunConfig:
+def small(config: RunConfig, max_new_tokens: int, max_prompt_tokens: int) -> RunConfig:
     """The same task within what two CPU cores and a small model can do."""
     change = dataclasses.replace
     return change(
@@ -63,8 +63,10 @@ def small(config: RunConfig) -> RunConfig:
         model=ModelSection("pypi:smollm2-135m-instruct", dtype="float32"),
         mesh=MeshConfig(data=-1, fsdp=1),
         engine=EngineConfig(max_rows=32, chunk=16),
-        task=change(config.task, format_shots=2, response_style="direct"),
-        rollout=RolloutConfig(problems_per_step=2, rollouts_per_problem=4, max_new_tokens=24),
+        task=change(config.task, response_style="direct"),
+        rollout=RolloutConfig(
+            problems_per_step=2, rollouts_per_problem=4, max_new_tokens=max_new_tokens
+        ),
         reflection=ReflectionConfig(
             style="lines",
             max_new_tokens=48,
@@ -74,7 +76,7 @@ def small(config: RunConfig) -> RunConfig:
         teacher=change(
             config.teacher,
             layout="system",
-            max_prompt_tokens=4096,
+            max_prompt_tokens=max_prompt_tokens,
             insight_tokens=128,
             behavior_tokens=96,
             top_k=1,
@@ -93,4 +95,8 @@ def get_config(argument: str) -> ConfigDict:
             f"',small' after it for a CPU; got {argument!r}"
         )
     config = paper(domain)
-    return to_config_dict(small(config) if size else config)
+    if size:
+        config = small(config, max_new_tokens=24, max_prompt_tokens=4096)
+        task = dataclasses.replace(config.task, format_shots=2)
+        config = dataclasses.replace(config, task=task)
+    return to_config_dict(config)

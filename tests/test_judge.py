@@ -5,7 +5,14 @@ import json
 import pytest
 
 from pmd_jax.records import UnitTests
-from pmd_jax.tasks.feedback import CUT_OFF, MAX_CHARACTERS, NO_CODE, CaseResult, write_feedback
+from pmd_jax.tasks.feedback import (
+    CUT_OFF,
+    MAX_CHARACTERS,
+    NO_CODE,
+    CaseResult,
+    no_code,
+    write_feedback,
+)
 from pmd_jax.tasks.judge import Judge, JudgeConfig, extract_code, same_output, same_value
 from pmd_jax.tasks.sandbox import Raised, Sandbox, SandboxConfig
 from pmd_jax.tasks.sandbox.program import plain
@@ -170,7 +177,7 @@ def case(number=1, outcome="wrong", given="1 2", actual="4", expected="3", **mor
 
 def test_a_run_time_error_comes_before_all_else_with_its_lines():
     error = Raised("KeyError", "'x'", ((7, "solve", "return d[k]"), (12, "<module>", "solve()")))
-    text, revealed = write_feedback("", [case(), case(2, "time"), case(3, "error", error=error)])
+    text, revealed = write_feedback([case(), case(2, "time"), case(3, "error", error=error)])
     assert text == (
         "Test Case 3: Runtime Error\nKeyError: 'x'\n  return d[k]\nLine 7 in solve (Solution.py)\n"
         "  solve()\nLine 12 in <module> (Solution.py)\n\nLast Executed Input\n1 2"
@@ -179,24 +186,24 @@ def test_a_run_time_error_comes_before_all_else_with_its_lines():
 
 
 def test_a_process_that_was_killed_is_a_run_time_error():
-    text, _ = write_feedback("", [case(status=-11, outcome="crash")])
+    text, _ = write_feedback([case(status=-11, outcome="crash")])
     assert "Process Error: the process was killed by SIGSEGV" in text
-    text, _ = write_feedback("", [case(status=7, outcome="crash")])
+    text, _ = write_feedback([case(status=7, outcome="crash")])
     assert "Process Error: the process ended with exit code 7" in text
 
 
 def test_time_and_output_come_before_wrong_answers():
-    assert write_feedback("", [case(), case(2, "time")])[0] == (
+    assert write_feedback([case(), case(2, "time")])[0] == (
         "Test Case 2: Time Limit Exceeded\n\nLast Executed Input\n1 2"
     )
-    assert write_feedback("", [case(), case(2, "output")])[0].startswith(
+    assert write_feedback([case(), case(2, "output")])[0].startswith(
         "Test Case 2: Output Limit Exceeded"
     )
 
 
 def test_the_two_shortest_wrong_answers_are_shown_and_what_they_reveal_is_counted():
     results = [case(1, given="1" * 50), case(2), case(3, "passed"), case(4, expected="30")]
-    text, revealed = write_feedback("", results)
+    text, revealed = write_feedback(results)
     one = "Test Case {}: Wrong Answer\n\nInput\n1 2\n\nOutput\n4\n\nExpected\n{}"
     assert text == one.format(2, 3) + "\n\n" + one.format(4, 30)
     assert revealed == 3 / len(text)
@@ -204,18 +211,18 @@ def test_the_two_shortest_wrong_answers_are_shown_and_what_they_reveal_is_counte
 
 def test_long_texts_are_cut_to_their_limits():
     long = case(given="\n".join(["x" * 999] * 99), actual="y" * 9999, expected="z" * 9999)
-    text, revealed = write_feedback("", [long, long])
+    text, revealed = write_feedback([long, long])
     assert len(text) <= MAX_CHARACTERS and text.count("Test Case") == 1
     assert "z" * 247 + "..." in text and "y" * 247 + "..." in text
     assert revealed == 250 / len(text)
     error = Raised("E", "m" * 400, tuple((1, "f", "s" * 400) for _ in range(4)))
-    assert len(write_feedback("", [case(outcome="error", error=error)])[0]) <= MAX_CHARACTERS
+    assert len(write_feedback([case(outcome="error", error=error)])[0]) <= MAX_CHARACTERS
 
 
 def test_a_response_without_code_is_told_the_format_or_that_it_was_cut_off():
-    assert write_feedback("hm", []) == (NO_CODE, 0.0)
-    assert write_feedback("```python\nx = 1", []) == (CUT_OFF, 0.0)
+    assert no_code("hm") == NO_CODE
+    assert no_code("```python\nx = 1") == CUT_OFF
 
 
 def test_nothing_is_said_where_all_passed():
-    assert write_feedback("", [case(outcome="passed")]) == ("", 0.0)
+    assert write_feedback([case(outcome="passed")]) == ("", 0.0)

@@ -121,6 +121,8 @@ def test_a_pickle_that_would_call_anything_is_refused_by_name(protocol, tmp_path
         ("!!", "neither JSON nor base64"),
         (base64.b64encode(b"x").decode(), "neither JSON nor base64"),
         (base64.b64encode(zlib.compress(b"")).decode(), "neither JSON nor base64"),
+        (base64.b64encode(zlib.compress(b"}]K\x01s.")).decode(), "neither JSON nor base64"),
+        (base64.b64encode(zlib.compress(b"K\x01K\x02K\x03s.")).decode(), "neither JSON nor base64"),
         ("[]", "not a list of one test or more"),
         ("{}", "not a list of one test or more"),
         ('[{"input": "1"}]', "a test lacks input, output or testtype"),

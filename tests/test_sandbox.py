@@ -121,9 +121,9 @@ def test_a_hostile_program_fails_and_leaves_nothing(judge, name, tmp_path, monke
         while not servers() <= before[0] and time.monotonic() < deadline:
             time.sleep(0.01)  # the runner has told the end of its job, and is about to end
         after = servers(), set(os.listdir(tempfile.gettempdir()))
-    [result] = judge._judged(code, check)
+    [outcome] = judge._judged(code, check).outcomes
     assert (verdict.correct, verdict.tests_passed) == (False, 0.0)
-    assert result.outcome in one.ends, verdict.feedback
+    assert outcome in one.ends, verdict.feedback
     assert one.said in verdict.feedback and verdict.feedback.startswith("Test Case 1: ")
     assert after[0] <= before[0], "processes"
     assert after[1] <= before[1], "files"
@@ -255,7 +255,7 @@ def test_it_runs_where_the_host_ignores_its_children_and_has_few_descriptors():
     assert (done.stdout.split(), done.stderr) == (["6"] * 6, "")
 
 
-def test_close_ends_what_runs_and_its_runner_is_told(sandbox):
+def test_close_ends_what_runs_and_its_runner_is_told():
     with Sandbox(settings()) as other:
         told = []
 

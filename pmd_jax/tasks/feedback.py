@@ -43,13 +43,16 @@ class CaseResult:
     status: int = 0
 
 
-def write_feedback(response: str, results: Sequence[CaseResult]) -> tuple[str, float]:
+def no_code(response: str) -> str:
+    """What is said of a response without a program."""
+    return CUT_OFF if response.count("```") == 1 else NO_CODE
+
+
+def write_feedback(results: Sequence[CaseResult]) -> tuple[str, float]:
     """(text, the share of it that expected outputs make up); ("", 0) where all passed.
 
-    results: of the tests that were run; none where the response holds no code.
+    results: of the tests that were run.
     """
-    if not results:
-        return (CUT_OFF if response.count("```") == 1 else NO_CODE), 0.0
     for wanted, write in ((("error", "crash"), _raised), (("time", "output"), _exceeded)):
         first = next((result for result in results if result.outcome in wanted), None)
         if first is not None:

@@ -26,11 +26,11 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from pmd_jax.records import UnitTests, Verdict
-from pmd_jax.tasks.feedback import CaseResult, Outcome, write_feedback
+from pmd_jax.tasks.feedback import CaseResult, Outcome, no_code, write_feedback
 from pmd_jax.tasks.sandbox import Execution, Program, Rules, Sandbox, SandboxConfig
 
 MAX_LINE = 10_000  # characters, beyond which tokens are counted before any is read
-MAX_KEPT = 4000  # characters of a test's texts in a judgement
+MAX_KEPT = 4000  # characters of a test's texts while others run
 CACHED = 8192  # judgements that are kept, by code and tests
 
 
@@ -44,6 +44,10 @@ class JudgeConfig:
     rules: Rules = "official"
     time_limit_seconds: float = 6.0
     sandbox: SandboxConfig = SandboxConfig()  # noqa: RUF009, frozen
+
+    def __post_init__(self) -> None:
+        if self.time_limit_seconds <= 0:
+            raise ValueError(f"time_limit_seconds: must be above 0; got {self.time_limit_seconds}")
 
 
 # --- a response's code --------------------------------------------------------------------------
@@ -136,6 +140,18 @@ def _as_key(key: Any) -> Any:
 # --- judgement ----------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What came of each test that was run, in order; what is said of it, and how much that reveals.
+
+    It is kept for long, so it holds none of the tests' texts but what is said.
+    """
+
+    outcomes: tuple[Outcome, ...] = ()
+    feedback: str = ""
+    revealed: float = 0.0
+
+
 class Judge:
     """Grades responses in a sandbox, its own unless one is given. Threads may share it."""
 
@@ -154,15 +170,13 @@ class Judge:
     def verify(self, check: UnitTests, text: str, feedback: bool) -> Verdict:
         """Reward 1 when every test passes, else 0. Raises SandboxError, never for the program."""
         code = extract_code(text, self.config.rules)
-        results = self._judged(code, check) if code.strip() else ()
-        passed = sum(result.outcome == "passed" for result in results)
+        well_formed = bool(code.strip())
+        found = self._judged(code, check) if well_formed else Judgement(feedback=no_code(text))
+        passed = found.outcomes.count("passed")
         correct = passed == len(check.inputs)
-        said, revealed = "", 0.0
-        if feedback and not correct:
-            said, revealed = write_feedback(text, results)
-        return Verdict(
-            correct, float(correct), said, bool(code.strip()), passed / len(check.inputs), revealed
-        )
+        said, revealed = (found.feedback, found.revealed) if feedback else ("", 0.0)
+        share = passed / len(check.inputs)
+        return Verdict(correct, float(correct), said, well_formed, share, revealed)
 
     def answer(self, check: UnitTests, text: str) -> str:
         """Programs are not voted on: two that differ in every letter may do the same."""
@@ -176,14 +190,15 @@ class Judge:
         self.sandbox.close()
 
 
-def judge(sandbox: Sandbox, rules: Rules, code: str, check: UnitTests) -> tuple[CaseResult, ...]:
-    """What came of each test that was run, in order; after one out of time there are none."""
+def judge(sandbox: Sandbox, rules: Rules, code: str, check: UnitTests) -> Judgement:
+    """Runs the program on the tests in order; after one out of time or output there are none."""
     program = Program(code, check.function, rules)
 
     def see(number: int, ran: Execution) -> CaseResult:
         return _result(number, ran, check, rules)
 
-    return tuple(sandbox.run(program, check.inputs, check.time_limit_seconds, see))
+    results = sandbox.run(program, check.inputs, check.time_limit_seconds, see)
+    return Judgement(tuple(result.outcome for result in results), *write_feedback(results))
 
 
 def _result(number: int, ran: Execution, check: UnitTests, rules: Rules) -> CaseResult:
@@ -196,7 +211,7 @@ def _result(number: int, ran: Execution, check: UnitTests, rules: Rules) -> Case
     else:
         passed = ran.end == "done" and same_output(shown, expected, rules)
     outcome: Outcome = ran.end if ran.end != "done" else "passed" if passed else "wrong"
-    # What feedback cannot show is not kept: a judgement may be cached for long.
+    # What feedback cannot show is not held until all tests have run.
     given, shown, expected = (_kept(text) for text in (check.inputs[number], shown, expected))
     return CaseResult(number + 1, outcome, given, shown, expected, ran.error, ran.status)
 

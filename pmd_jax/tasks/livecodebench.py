@@ -16,7 +16,6 @@ Left out: starter code of other languages, and problems with several right outpu
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import datetime
 import io
@@ -96,7 +95,7 @@ def decode_tests(text: str) -> list[dict[str, str]]:
             found = json.loads(found) if isinstance(found, str | bytes) else found
         except pickle.UnpicklingError as error:
             raise ValueError(f"a pickle that is refused: {error}") from error
-        except (binascii.Error, zlib.error, ValueError, EOFError, IndexError, KeyError) as error:
+        except Exception as error:  # what a damaged pickle raises has no list
             raise ValueError(f"neither JSON nor base64 of zlib of a pickle ({error})") from error
     if not isinstance(found, list) or not found:
         raise ValueError("not a list of one test or more")

@@ -23,8 +23,8 @@ What is not:
     * advisory locks on Python's own files, which nothing of ours takes;
     * a program sees all of its problem's inputs, not the one of its test alone;
     * the clock and the machine's kernel version, number of CPUs and uptime: a program sees them;
-    * machines without namespaces, Landlock and seccomp (macOS, old kernels): only the limits hold
-      there. `require = "isolated"` refuses to run on them.
+    * Linux without namespaces, Landlock and seccomp (old kernels): only the limits hold there, and
+      `require = "isolated"` refuses to run. On other systems the sandbox does not start.
 
 A sandbox that cannot start or run raises SandboxError, and is never taken for a wrong answer.
 

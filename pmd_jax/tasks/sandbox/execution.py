@@ -7,10 +7,10 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from pmd_jax.tasks.sandbox.program import MAX_FRAMES, MAX_TEXT
+
 Rules = Literal["official", "sdpo"]
 End = Literal["done", "error", "time", "output", "crash"]
-
-MAX_TEXT, MAX_FRAMES = 400, 4  # of what a program says that it raised
 
 
 class SandboxError(RuntimeError):

@@ -27,7 +27,7 @@ REPORT = 3
 FILE = "solution.py"
 STREAMS: dict[str, Any] = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 RECURSION, INT_DIGITS = 50_000, 50_000
-MAX_FRAMES, MAX_TEXT = 4, 400
+MAX_FRAMES, MAX_TEXT = 4, 400  # of what is told of an exception, and what the host takes
 
 # What the official harness imports before a program (LiveCodeBench, testing_util.py).
 PRELUDE = "".join(
@@ -162,15 +162,16 @@ def _call(job: dict[str, Any], text: str, module: types.ModuleType) -> Any:
 
 def _as_sdpo(module: types.ModuleType, text: str) -> None:
     """The reduced world of SDPO's executor: few builtins, few modules, no real input stream."""
+    modules, lacks = SDPO_MODULES.split(), SDPO_LACKS.split()
 
     def import_one(name: str, *rest: Any) -> Any:
-        if name.partition(".")[0] not in SDPO_MODULES.split():
+        if name.partition(".")[0] not in modules:
             raise ImportError(f"import of {name} is not allowed")
         return __import__(name, *rest)
 
     def is_there(name: str, value: Any) -> bool:
         is_error = isinstance(value, type) and issubclass(value, BaseException)
-        return name not in SDPO_LACKS.split() and not is_error
+        return name not in lacks and not is_error
 
     allowed = {name: value for name, value in vars(builtins).items() if is_there(name, value)}
     module.__dict__["__builtins__"] = {**allowed, "__import__": import_one}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import struct
@@ -76,10 +77,11 @@ Instruction = tuple[int, int, int, int]
 """(code, instructions skipped if true, if false, operand)"""
 
 
-def numbers(table: str, machine: str) -> list[int]:
+@functools.cache  # a filter is built for each test, since it names the test's process
+def numbers(table: str, machine: str) -> tuple[int, ...]:
     column = 1 if machine == "x86_64" else 2
     rows = [row.split() for line in table.strip().splitlines() for row in line.split(";")]
-    return [int(row[column]) for row in rows if row[column] != "-"]
+    return tuple(int(row[column]) for row in rows if row[column] != "-")
 
 
 def build_filter(machine: str, own_pid: int, metadata: bool) -> list[Instruction]:
@@ -96,7 +98,7 @@ def build_filter(machine: str, own_pid: int, metadata: bool) -> list[Instruction
     ]
     if machine == "x86_64":
         made += [(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, denied)]
-    refused = numbers(DENIED, machine) + ([] if metadata else numbers(METADATA, machine))
+    refused = numbers(DENIED, machine) + (() if metadata else numbers(METADATA, machine))
     for number in refused:
         made += [(EQUAL, 0, 1, number), (RETURN, 0, 0, denied)]
     # glibc asks for clone3 first and takes clone where there is none.
@@ -120,6 +122,9 @@ def build_filter(machine: str, own_pid: int, metadata: bool) -> list[Instruction
     return [*made, allow]
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
@@ -136,6 +141,5 @@ def install(metadata: bool) -> None:
     instructions = build_filter(machine, os.getpid(), metadata)
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
     program = _Program(len(instructions), code)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
+    if _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_SECCOMP)")

@@ -1,6 +1,6 @@
 """The processes inside the sandbox: one that reads no job, one for each job, one for each test.
 
-    python -S -s server.py SETTINGS        settings: what pool.py's _Worker sends, as JSON
+    python -S -s server.py SETTINGS        settings: what worker.py sends, as JSON
 
 Programs are forked from what forks them, so a test's memory holds whatever its ancestors ever read.
 The server therefore reads nothing: when a job waits in its pipe it forks a runner, which reads the

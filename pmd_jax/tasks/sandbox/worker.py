@@ -180,16 +180,10 @@ class Worker:
 
 def _packages() -> dict[str, str]:
     """{name: folder} of the installed packages that programs may import."""
-    found: dict[str, str] = {}
-    spec = importlib.util.find_spec("numpy")
-    places = [Path(spec.origin).parent.parent] if spec and spec.origin else []
-    spec = importlib.util.find_spec("sortedcontainers")
-    places += [Path(spec.origin).parent.parent] if spec and spec.origin else []
-    for place in places:
-        for name in PACKAGES:
-            if (place / name).is_dir():
-                found[name] = str(place / name)
-    return found
+    specs = [importlib.util.find_spec(name) for name in PACKAGES if name.isidentifier()]
+    places = {Path(spec.origin).parents[1] for spec in specs if spec and spec.origin}
+    folders = [place / name for place in sorted(places) for name in PACKAGES]
+    return {folder.name: str(folder) for folder in folders if folder.is_dir()}
 
 
 def _settings(config: SandboxConfig, wall: Wall, number: int, box: str) -> dict[str, Any]:
