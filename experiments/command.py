@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pmd_jax import settings
 
+if TYPE_CHECKING:
+    from pmd_jax.distributed import Cluster
+
 
 def main(description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `--config FILE[:ARG]`; the exit code is 0 done, 1 failed, 2 bad input, 130 Ctrl-C.
+    """Runs `--config FILE[:ARG]`; the exit code is 0 done or saved on SIGTERM, 1 failed, 2 bad
+    input, 130 Ctrl-C.
 
     An error that is neither bad input nor one of `run.FAILURES` is a bug, and keeps its traceback.
     """
@@ -21,16 +28,19 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _told(error, 2)
     # Imported here: a typo in the configuration file need not wait for JAX.
+    from pmd_jax import distributed
     from pmd_jax.config import RunConfig
     from pmd_jax.policy.hub import FetchError
-    from pmd_jax.run import FAILURES, prepare
+    from pmd_jax.run import FAILURES, Resume, prepare
 
     try:
+        distributed.start(_cluster(arguments))
         config = settings.build(RunConfig, config_dict)
         if arguments.name:
             config = dataclasses.replace(config, name=arguments.name)
-        run = prepare(config, arguments.resume)
-    except (ValueError, OSError, FetchError) as error:
+        resume: Resume = "if saved" if arguments.resume_if_saved else arguments.resume
+        run = prepare(config, resume)
+    except (ValueError, OSError, FetchError, distributed.PeerLost) as error:
         return _told(error, 2)
     except KeyboardInterrupt:
         return 130
@@ -43,11 +53,25 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         left = "nothing was saved yet" if saved is None else f"--resume continues at step {saved}"
         print(f"stopped; {left}", file=sys.stderr)
         return 130
-    return 130 if outcome.interrupted else 0
+    except Exception:
+        traceback.print_exc()
+        distributed.leave(1)
+        raise
+    return 130 if outcome.interrupted == "Ctrl-C" else 0
+
+
+def _cluster(arguments: argparse.Namespace) -> Cluster:
+    from pmd_jax.distributed import Cluster
+
+    names = (field.name for field in dataclasses.fields(Cluster))
+    return Cluster(**{name: getattr(arguments, name) for name in names})
 
 
 def _told(error: Exception, code: int) -> int:
+    """Says what went wrong. Where other processes wait for this one, it ends at once."""
     print(f"error: {error}", file=sys.stderr)
+    if "pmd_jax.distributed" in sys.modules:
+        sys.modules["pmd_jax.distributed"].leave(code)
     return code
 
 

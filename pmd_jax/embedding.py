@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,7 @@ from scipy.special import erf
 from sklearn.feature_extraction.text import HashingVectorizer
 from threadpoolctl import threadpool_limits
 
+from pmd_jax.distributed import share
 from pmd_jax.policy.embedder import Embedder
 from pmd_jax.policy.hub import resolve_model
 
@@ -68,14 +70,22 @@ def make_embed(config: EmbeddingConfig) -> Embed:
     """A function from N texts to float32 [N, D] with rows of norm 1.
 
     A row is zero, so that it resembles nothing, for a text in which "hashed" finds no word and no
-    character. The other backends fetch and load their weights at the first call.
+    character. The other backends fetch and load their weights at the first call; processes share
+    the texts, so that all hold the same bits.
     """
     if config.backend == "hashed":
         return _hashed(config.dimensions)
     kind = Encoder if config.backend == "minilm" else Embedder
     path = config.path or DEFAULT_PATHS[config.backend]
     encoder = functools.cache(lambda: kind.load(resolve_model(path)))
-    return lambda texts: encoder().embed(texts)
+
+    def embed(texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        if jax.process_count() == 1:
+            return encoder().embed(texts)
+        rows = share(len(texts), lambda own: list(encoder().embed([texts[i] for i in own])))
+        return np.stack(rows) if rows else encoder().embed([])
+
+    return embed
 
 
 def query_prefix(config: EmbeddingConfig) -> str:

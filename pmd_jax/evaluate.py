@@ -27,7 +27,7 @@ from pmd_jax.metrics import (
 )
 from pmd_jax.policy.policy import Policy
 from pmd_jax.records import Message, MultipleChoice, Problem, Split
-from pmd_jax.rollout import Grading, Group, attempt, name_seed
+from pmd_jax.rollout import Grading, Group, attempt, name_seed, shared_groups
 from pmd_jax.tasks.copies import near_copies
 from pmd_jax.tasks.task import Task, baselines
 
@@ -137,23 +137,28 @@ def answer(
     seed: int,
     messages: Sequence[Sequence[Message]] | None = None,
 ) -> list[Group]:
-    """The policy's graded samples of each problem."""
+    """The policy's graded samples of each problem; processes share the problems."""
     problems = chosen_problems(task, config)
-    with Grading(task) as grading:
-        attempts = attempt(
-            policy,
-            task,
-            problems,
-            config.num_samples,
-            config.max_new_tokens or max_new_tokens,
-            step=0,
-            seed=name_seed(seed, "evaluate"),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            on_rollout=grading,
-            messages=messages,
-        )
-        return grading.groups(problems, attempts)
+
+    def work(own: Sequence[int]) -> list[Group]:
+        asked = [problems[i] for i in own]
+        with Grading(task) as grading:
+            attempts = attempt(
+                policy,
+                task,
+                asked,
+                config.num_samples,
+                config.max_new_tokens or max_new_tokens,
+                step=0,
+                seed=name_seed(seed, "evaluate"),
+                temperature=config.temperature,
+                top_p=config.top_p,
+                on_rollout=grading,
+                messages=None if messages is None else [messages[i] for i in own],
+            )
+            return grading.groups(asked, attempts)
+
+    return shared_groups(problems, work)
 
 
 def score(groups: Sequence[Group], task: Task, split: Split, seconds: float) -> Evaluation:

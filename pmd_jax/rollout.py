@@ -13,11 +13,15 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from pmd_jax.distributed import share
 from pmd_jax.policy.policy import Policy
 from pmd_jax.policy.sampler import Sample
 from pmd_jax.records import Message, Problem, Rollout, Verdict
 from pmd_jax.tasks.task import Task
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +149,51 @@ class Grading:
         self._threads.shutdown(cancel_futures=True)
 
 
+def shared_groups(
+    problems: Sequence[Problem], work: Callable[[Sequence[int]], list[Group]]
+) -> list[Group]:
+    """The groups of all problems, each made by one process. A problem itself is not sent.
+
+    work: positions of this process's problems -> their groups.
+    """
+
+    def send(own: Sequence[int]) -> list[tuple[Any, ...]]:
+        return [(group.prompt, group.rollouts, group.verdicts) for group in work(own)]
+
+    found = share(len(problems), send)
+    return [Group(problem, *rest) for problem, rest in zip(problems, found, strict=True)]
+
+
 def make_generate(
     policy: Policy, max_new_tokens: int, temperature: float, seed: int
 ) -> Callable[[Sequence[Sequence[Message]]], list[str]]:
     """The policy as a writer of text, for reflection and behaviors: chats -> replies.
 
     A chat whose last message is the assistant's is continued from there. A chat too long for the
-    model keeps its end, where the request stands.
+    model keeps its end, where the request stands. Processes share the chats, and draw what one
+    alone would have drawn.
     """
     room = policy.config.max_positions - max_new_tokens
 
     def generate(chats: Sequence[Sequence[Message]]) -> list[str]:
-        prompts = [policy.tokenizer.encode_chat(chat)[-room:] for chat in chats]
-        replies = policy.generate(
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
-        return [policy.tokenizer.decode(sample.tokens) for [sample] in replies]
+        def work(own: Sequence[int]) -> list[str]:
+            replies = policy.generate(
+                [policy.tokenizer.encode_chat(chats[i])[-room:] for i in own],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                request_ids=own,
+            )
+            return [policy.tokenizer.decode(sample.tokens) for [sample] in replies]
+
+        return share(len(chats), work)
 
     return generate
+
+
+def shared(one: Callable[[Sequence[Any]], Sequence[T]]) -> Callable[[Sequence[Any]], list[T]]:
+    """A function of many items, by position, with the items shared among the processes.
+
+    For what need not be the same in each of them by itself: another server's replies, vectors.
+    """
+    return lambda items: share(len(items), lambda own: one([items[i] for i in own]))

@@ -371,6 +371,23 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run of this name from its checkpoint"
     )
+    parser.add_argument(
+        "--resume-if-saved", action="store_true", help="continue it if it has one, else begin"
+    )
+    several = parser.add_argument_group("one run in several processes")
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--num-processes", type=int, default=0, metavar="N")
+    several.add_argument("--process-id", type=int, default=-1, metavar="I", help="0 to N-1")
+    several.add_argument(
+        "--multihost", action="store_true", help="let JAX find them: Cloud TPU, Slurm, Open MPI"
+    )
+    several.add_argument(
+        "--peer-timeout",
+        type=int,
+        default=100,
+        metavar="SECONDS",
+        help="without a sign of life from a process until the run ends (default 100)",
+    )
 
 
 def parse_arguments(

@@ -43,7 +43,16 @@ class Rule:
         return within(name, ours + (JAX if self.jax else ()))
 
 
-CORRIDOR = ("rollout", "metrics", "telemetry", "tracking", "embedding", "endpoint", "ordering")
+CORRIDOR = (
+    "distributed",
+    "rollout",
+    "metrics",
+    "telemetry",
+    "tracking",
+    "embedding",
+    "endpoint",
+    "ordering",
+)
 LEVEL_3 = Rule(("policy", "tasks", "records", *CORRIDOR))
 LEVEL_4 = Rule((*LEVEL_3.ours, "distill.update", "memory.bank"))
 ROOMS = ("records", "settings", "tasks", "memory", "policy", "distill")
@@ -53,6 +62,7 @@ RULES = {
     # 0: the nouns, and the machinery of configurations
     "records.py": Rule((), jax=False),
     "settings.py": Rule((), jax=False),
+    "health.py": Rule((), jax=False),
     # 1: the two wings, blind to each other
     "tasks": Rule(("records", "tasks"), jax=False),
     "memory": Rule(("records", "memory"), jax=False),
@@ -64,8 +74,9 @@ RULES = {
     "evaluate.py": LEVEL_4,
     "checkpoint.py": LEVEL_4,
     # 5: composes the configurations of all rooms
-    "config.py": Rule((*ROOMS, *CORRIDOR, "evaluate", "checkpoint")),
-    # 5: what a step found, for the log
+    "config.py": Rule((*ROOMS, *CORRIDOR, "evaluate", "checkpoint", "health")),
+    # 5: what a step found, for the log and for who asks why it failed
+    "replay.py": Rule((*LEVEL_3.ours, "distill")),
     "steplog.py": Rule((*LEVEL_3.ours, "distill")),
     # 6: the only file where memory meets distillation, and the run around it
     "trainer.py": Rule(("",)),

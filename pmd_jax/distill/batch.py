@@ -204,7 +204,10 @@ def _used_and_computed(batch: DistillBatch) -> tuple[int, int]:
 
 
 def place(batch: DistillBatch, mesh: Mesh) -> DistillBatch:
-    """The batch on the devices, groups cut over the batch axes."""
-    return DistillBatch(
-        *(jax.device_put(x, named(mesh, "batch", *[None] * (x.ndim - 1))) for x in batch)
-    )
+    """The batch on the devices, groups cut over the batch axes. All processes hold all of it."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        sharding = named(mesh, "batch", *[None] * (x.ndim - 1))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return DistillBatch(*map(put, batch))

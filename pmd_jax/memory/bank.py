@@ -23,6 +23,7 @@ behaviors.py) and who reads them (teacher.py).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -288,6 +289,17 @@ class Bank:
         bank = cls(config)
         for event in events:
             bank.follow(event)
+        return bank
+
+    @property
+    def num_events(self) -> int:
+        """Changes so far: what `rewound` takes."""
+        return len(self._journal)
+
+    def rewound(self, num_events: int) -> Bank:
+        """The bank as it was after its first `num_events` changes."""
+        bank = Bank.replay(itertools.islice(self._journal, num_events), self.config)
+        bank._prompts_version = self._prompts_version
         return bank
 
     def follow(self, event: Mapping[str, Any]) -> None:

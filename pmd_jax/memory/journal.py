@@ -44,6 +44,7 @@ class Journal:
         self._homes: list[Path] = []
 
     def __len__(self) -> int:
+        """Events so far."""
         return self._num_events
 
     def append(self, line: bytes) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pmd_jax.policy.bar import Count
 from pmd_jax.policy.families import ModelConfig, read_config
 from pmd_jax.policy.hub import resolve_model
 from pmd_jax.policy.kernels import choose_for
-from pmd_jax.policy.programs import Weights, rollout_weights
+from pmd_jax.policy.programs import LocalView, Weights, rollout_weights
 from pmd_jax.policy.sampler import (
     EngineConfig,
     OnSample,
@@ -37,7 +37,7 @@ from pmd_jax.policy.sampler import (
     SamplingConfig,
 )
 from pmd_jax.policy.saved import Saved, Which, find_saved, load_saved
-from pmd_jax.policy.sharding import check_divides, single_device_mesh
+from pmd_jax.policy.sharding import check_divides, local_mesh, single_device_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
@@ -49,7 +49,11 @@ def _logits(params, tokens, config: ModelConfig, dtype):
 
 
 class Policy:
-    """A decoder with its weights on a mesh. `params` may be replaced, as training does."""
+    """A decoder with its weights on a mesh. `params` may be replaced, as training does.
+
+    Of several processes, each samples by itself, on `local_mesh`, its own devices; `params`, on
+    `mesh`, are those of all.
+    """
 
     def __init__(
         self,
@@ -62,11 +66,12 @@ class Policy:
         engine: EngineConfig | None = None,
     ):
         self.config, self.tokenizer, self.folder = config, tokenizer, folder
-        self.mesh, self.dtype = mesh, jnp.dtype(dtype)
+        self.mesh, self.local_mesh, self.dtype = mesh, local_mesh(mesh), jnp.dtype(dtype)
         self._params = params
         self._weights: Weights | None = None
+        self._to_local = LocalView(mesh, self.local_mesh, self.dtype)
         self._sampler = Sampler(
-            config, engine or EngineConfig(), mesh, self.dtype, tokenizer.vocab_size
+            config, engine or EngineConfig(), self.local_mesh, self.dtype, tokenizer.vocab_size
         )
 
     @property
@@ -81,6 +86,10 @@ class Policy:
     def stats(self) -> SamplerStats:
         """What sampling has cost since the policy was made."""
         return self._sampler.stats
+
+    def between_chunks(self, call: Callable[[], None]) -> None:
+        """Has `call` called often while sampling goes on; what it raises ends `generate`."""
+        self._sampler.between_chunks = call
 
     def release(self) -> None:
         """Drops the unrolled copy of the weights, which only sampling needs."""
@@ -145,7 +154,8 @@ class Policy:
     def _rollout_weights(self) -> Weights:
         if self._weights is None:
             began = time.perf_counter()
-            self._weights = rollout_weights(self.params, self.config, self.mesh, self.dtype)
+            params = self._to_local(self.params)
+            self._weights = rollout_weights(params, self.config, self.local_mesh, self.dtype)
             jax.block_until_ready(self._weights.layers)
             self.stats.sync_seconds += time.perf_counter() - began
         return self._weights

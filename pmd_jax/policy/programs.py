@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from pmd_jax.policy import cache, decoding, model
 from pmd_jax.policy.families import ModelConfig, weight_table
@@ -76,6 +76,46 @@ def rollout_weights(params: model.Params, config: ModelConfig, mesh: Mesh, dtype
             if mesh.shape["fsdp"] > 1:
                 top[name] = jax.device_put(top[name], named(mesh, *_whole(axes[name])))
     return Weights(params, top, layers, turned)
+
+
+class LocalView:
+    """Parameters on a mesh of several processes -> the same on this process's own devices.
+
+    One program over all devices casts them and gathers what lies in other processes, so
+    that each process holds them once, cut over its own devices; its buffers then are the arrays of
+    the local mesh, without another copy. In one process both meshes are the same, and so are the
+    parameters. All processes call it together.
+    """
+
+    def __init__(self, mesh: Mesh, local: Mesh, dtype: Any):
+        self.mesh, self.local, self.dtype = mesh, local, dtype
+        self._gather: Any = None
+
+    def __call__(self, params: model.Params) -> model.Params:
+        if self.mesh is self.local:
+            return params
+        if self._gather is None:
+            own = self.local.devices
+            devices = self.mesh.devices.reshape(-1, *own.shape)
+            kinds = (AxisType.Auto,) * devices.ndim
+            everywhere = Mesh(devices, ("process", *self.local.axis_names), axis_types=kinds)
+            held = jax.tree.map(lambda x: NamedSharding(everywhere, x.sharding.spec), params)
+            self._gather = jax.jit(self._cast, out_shardings=held)
+        return jax.tree.map(self._view, self._gather(params))
+
+    def _cast(self, params: model.Params) -> model.Params:
+        """As the forward pass does itself, which reads the final norm in float32."""
+        cast = jax.tree.map(lambda x: x.astype(self.dtype), params)
+        return cast | {"final_norm": params["final_norm"]}
+
+    def _view(self, x: jax.Array) -> jax.Array:
+        buffers = {shard.device: shard.data for shard in x.addressable_shards}
+        spec = x.sharding.spec  # type: ignore[attr-defined]  # of a NamedSharding
+        return jax.make_array_from_single_device_arrays(
+            x.shape,
+            NamedSharding(self.local, spec),
+            [buffers[device] for device in self.local.devices.flat],
+        )
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")

@@ -148,6 +148,7 @@ class Sampler:
     """Runs requests through the rows. Holds no weights: they come with each call.
 
     num_tokens: ids that the tokenizer defines; those above only pad the vocabulary.
+    between_chunks: called after each chunk of steps; what it raises ends the call.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Sampler:
         self.config, self.engine, self.mesh, self.dtype = config, engine, mesh, dtype
         self.num_tokens = num_tokens
         self.stats = SamplerStats()
+        self.between_chunks: Callable[[], None] = lambda: None
 
     def generate(
         self,
@@ -279,6 +281,7 @@ class _Run:
             if pending is None:
                 return [list(samples) for samples in self.results]  # type: ignore[arg-type]
             self.harvest(*pending)
+            self.sampler.between_chunks()
 
     def load_prompts(self) -> None:
         """Prefills waiting prompts into free slots, those of like length together.

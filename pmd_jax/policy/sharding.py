@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,14 +55,46 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all by default). Raises ValueError when the sizes do not fit."""
+    """A mesh over `devices` (all by default). Raises ValueError when the sizes do not fit.
+
+    Of several processes, each has consecutive rows of the batch axes and whole `tensor` groups.
+    """
     devices = list(jax.devices()) if devices is None else devices
     sizes = mesh_sizes(config or MeshConfig(), len(devices))
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    if len(by_process) == 1:
+        return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+    owned, tensor = {len(own) for own in by_process.values()}, sizes[2]
+    if len(owned) > 1 or min(owned) % tensor:
+        common = math.gcd(*owned)
+        fits = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise ValueError(
+            f"mesh.tensor: must divide the devices of each process, {sorted(owned)}, since each "
+            f"samples on its own; got {tensor}; sizes that work: {', '.join(fits)}"
+        )
+    rows = [_block(by_process[p], tensor) for p in sorted(by_process)]
+    return Mesh(np.concatenate(rows).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _block(devices: list[jax.Device], tensor: int) -> np.ndarray:
+    """The devices of one process as [batch, tensor], neighbours next to each other."""
+    sizes = 1, len(devices) // tensor, tensor
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices).devices[0]
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The part of a mesh that this process owns, where it samples; all of it in one process."""
+    if not mesh.is_multi_process:
+        return mesh
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    devices = np.array(own).reshape(1, -1, mesh.shape["tensor"])
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def single_device_mesh() -> Mesh:
-    return make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    return make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
 
 
 def spec(*logical: str | None) -> P:
