@@ -15,6 +15,7 @@ from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import OptimizerConfig
 from pmd_jax.embedding import EmbeddingConfig
 from pmd_jax.evaluate import EvaluationConfig
+from pmd_jax.health import HealthConfig
 from pmd_jax.memory.bank import MemoryConfig
 from pmd_jax.memory.reflection import ReflectionConfig
 from pmd_jax.memory.teacher import MEMORY, TeacherConfig
@@ -75,6 +76,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,10 @@
 
 Everything that can be wrong with the configuration is found before the model is loaded, and
 everything that can be wrong with model and task before the first rollout. Ctrl-C lets the step in
-progress finish, saves, and says how to go on; a second Ctrl-C stops at once.
+progress finish, saves, and says how to go on; a second Ctrl-C stops at once. SIGTERM, with which
+clusters take a machine back, leaves the step in progress and saves the one before it.
+
+Of several processes all do the same here, and the first one writes and talks.
 """
 
 from __future__ import annotations
@@ -17,13 +20,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pmd_jax import settings
-from pmd_jax.checkpoint import Checkpointer
+import jax
+
+from pmd_jax import distributed, settings
+from pmd_jax.checkpoint import Checkpointer, SaveFailed
 from pmd_jax.config import RunConfig
+from pmd_jax.distributed import PeerFailed, PeerLost, Stopped
 from pmd_jax.endpoint import EndpointError
 from pmd_jax.evaluate import Evaluation, chosen_problems, evaluate
+from pmd_jax.health import Unhealthy
 from pmd_jax.ordering import problem_order
 from pmd_jax.policy.bar import progress_bar
 from pmd_jax.policy.families import read_config
@@ -34,8 +41,15 @@ from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Message
 from pmd_jax.tasks.sandbox import SandboxError
 from pmd_jax.tasks.task import Task, load_task
-from pmd_jax.telemetry import EvaluationRow, Progress, RunWriter, StepReport, summary_table
-from pmd_jax.tracking import Tracking, check_installed, start_tracking
+from pmd_jax.telemetry import (
+    Bystander,
+    EvaluationRow,
+    Progress,
+    RunWriter,
+    StepReport,
+    summary_table,
+)
+from pmd_jax.tracking import Tracking, TrackingConfig, check_installed, start_tracking
 from pmd_jax.trainer import NotFinite, StepResult, Trainer, check_fit
 
 MAY_CHANGE = (
@@ -45,6 +59,8 @@ MAY_CHANGE = (
     "evaluation",
     "checkpoint",
     "engine",
+    "mesh",
+    "health",
     "samples_per_step",
     "output",
     "tracking",
@@ -54,34 +70,45 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. interrupted: it was stopped by Ctrl-C and can be resumed."""
+    """How a run ended. interrupted: by what it was stopped and can be resumed from, "" if not."""
 
     folder: Path
     steps: int
-    interrupted: bool
+    interrupted: str
 
 
 class Interrupts:
-    """The first Ctrl-C asks to stop after the step in progress; the second stops at once."""
+    """What asks a run to end.
+
+    The first Ctrl-C asks to stop after the step in progress, the second stops at once. SIGTERM asks
+    to leave that step: `check`, which is called often, raises Stopped then.
+    """
 
     def __init__(self, note: Callable[[str], None]):
-        self.asked, self._note = False, note
+        self.asked, self._note = "", note
+
+    def check(self) -> None:
+        if self.asked == "SIGTERM":
+            raise Stopped
 
     @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self, number: signal.Signals) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield  # signals belong to the main thread; a notebook's worker has none to catch
             return
-        before = signal.signal(signal.SIGINT, self._handle)
+        before = signal.signal(number, self._handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(number, before)
 
-    def _handle(self, *_: Any) -> None:
+    def _handle(self, number: int, _: Any) -> None:
+        if number == signal.SIGTERM:
+            self.asked = "SIGTERM"
+            return
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = "Ctrl-C"
         self._note("stopping after this step; Ctrl-C again stops at once, without saving")
 
 
@@ -89,41 +116,66 @@ class NothingLearned(RuntimeError):
     """The run came to its end, and not one of its rollouts carried loss."""
 
 
-FAILURES = (NotFinite, NothingLearned, EndpointError, SandboxError, OSError)
+class ReplicasDiffer(RuntimeError):
+    """The processes of a run no longer hold the same memory."""
+
+
+FAILURES = (
+    NotFinite,
+    NothingLearned,
+    Unhealthy,
+    SaveFailed,
+    EndpointError,
+    SandboxError,
+    PeerFailed,
+    PeerLost,
+    ReplicasDiffer,
+    OSError,
+)
 """How a run may fail that was well prepared: the world's fault or the settings', and no bug."""
 
 
-def train(config: RunConfig, resume: bool = False) -> Outcome:
-    """Runs `config` to its end, or until Ctrl-C: `prepare`, then `Run.to_the_end`."""
+Resume = bool | Literal["if saved"]
+
+
+def train(config: RunConfig, resume: Resume = False) -> Outcome:
+    """Runs `config` to its end, or until it is told to stop: `prepare`, then `Run.to_the_end`."""
     return prepare(config, resume).to_the_end()
 
 
-def prepare(config: RunConfig, resume: bool = False) -> Run:
+def prepare(config: RunConfig, resume: Resume = False) -> Run:
     """Everything before the first rollout. What is wrong with the input is found here.
 
+    resume: continue the run of this name; "if saved", or begin where it has no checkpoint.
     Raises ValueError for what is wrong with configuration, files or checkpoint, hub.FetchError
     where a model could not be fetched, each on one line.
     """
     folder = Path(config.output) / config.name
-    _check_own(folder)
+    distributed.by_main(lambda: _check_own(folder))
     with contextlib.ExitStack() as stack:
-        writer = RunWriter(folder)
+        writer = RunWriter(folder) if distributed.is_main() else Bystander(folder)
         stack.callback(writer.close)
+        distributed.exchange("the folder is there")
         checkpointer = Checkpointer(folder / CHECKPOINTS, config.checkpoint)
         stack.callback(checkpointer.close)
-        _check_folder(folder, config, checkpointer.latest, resume)
+        latest = distributed.by_main(lambda: checkpointer.latest)
+        resumes = latest is not None if resume == "if saved" else bool(resume)
+        distributed.by_main(lambda: _check_folder(folder, config, latest, resumes))
         check_installed(config.tracking)
         task = load_task(config.task)
         problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
         policy = _load(config, task)
         trainer = Trainer(config, policy, task, folder)
-        if resume:
+        if resumes:
             restored = checkpointer.restore(trainer.abstract_state, trainer.order, config.memory)
             trainer.adopt(restored)
         writer.rewind(trainer.step_number)
         writer.write_config(settings.to_dict(config))
-        copy_model_files(policy.folder, folder / MODEL)
-        tracking = start_tracking(config.tracking, folder, settings.to_dict(config), resume)
+        tracked = TrackingConfig()
+        if distributed.is_main():
+            copy_model_files(policy.folder, folder / MODEL)
+            tracked = config.tracking
+        tracking = start_tracking(tracked, folder, settings.to_dict(config), resumes)
         stack.enter_context(tracking)
         return Run(config, trainer, task, writer, checkpointer, tracking, stack.pop_all())
 
@@ -192,7 +244,7 @@ class Run:
         self.writer, self.checkpointer, self._closing = writer, checkpointer, closing
         self.tracking = tracking
         self.began = time.monotonic()
-        self.evaluations: list[EvaluationRow] = []
+        self.asked_to_stop = ""
         self.last: Evaluation | None = None
 
     @property
@@ -202,29 +254,46 @@ class Run:
 
     def to_the_end(self) -> Outcome:
         """Raises one of FAILURES, on one line, when the run comes to nothing."""
-        with self._closing:
-            return self._run()
+        with contextlib.ExitStack() as stack:
+            stack.push(self._close)
+            with distributed.peers_are_there("training"):
+                return self._run()
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Where this process failed, the others cannot be waited for, as checkpoints would."""
+        if kind is not None and jax.process_count() > 1:
+            self.writer.close()
+        else:
+            self._closing.close()
 
     def _run(self) -> Outcome:
         config, trainer = self.config, self.trainer
-        with Progress(config.steps, trainer.step_number) as progress:
-            if self.task.verifier.about:
-                progress.note(self.task.verifier.about)
+        steps, quiet = trainer.step_number, not distributed.is_main()
+        with Progress(config.steps, steps, quiet=quiet) as progress:
+            for note in (self.task.verifier.about, *self.checkpointer.notes):
+                if note:
+                    progress.note(note)
             interrupts = Interrupts(progress.note)
-            if trainer.step_number == 0 and config.evaluation.before:
-                self.evaluate("before", progress)
-            with interrupts.caught():
-                while not self.is_over and not interrupts.asked:
-                    self.step(progress)
-            self.save(progress)
-            if interrupts.asked and not self.is_over:
+            for policy in (trainer.policy, trainer.writer_policy):
+                policy.between_chunks(interrupts.check)
+            with interrupts.caught(signal.SIGTERM):
+                try:
+                    self._to_the_last_step(progress, interrupts)
+                    self.save(progress)
+                    if not self.asked_to_stop:
+                        self.evaluate("after", progress)
+                except Stopped:
+                    self.asked_to_stop = "SIGTERM"
+                    self.save(progress)
+                self.checkpointer.wait()
+            if self.asked_to_stop:
                 progress.note(
-                    f"saved step {trainer.step_number} in {self.checkpointer.folder}; continue "
-                    f"with the same command and --resume"
+                    f"{self.asked_to_stop}: saved step {trainer.step_number} in "
+                    f"{self.checkpointer.folder}; continue with the same command and --resume"
                 )
-                return Outcome(self.writer.folder, trainer.step_number, True)
-            self.evaluate("after", progress)
-        self.summarise()
+                return Outcome(self.writer.folder, trainer.step_number, self.asked_to_stop)
+        if distributed.is_main():
+            self.summarise()
         if not trainer.totals["rollouts_with_loss"]:
             raise NothingLearned(
                 f"run {self.writer.folder}: no rollout carried loss, so nothing was learned; see "
@@ -232,36 +301,82 @@ class Run:
                 f"config.task.verifier=lenient or more rollouts per problem"
             )
         self.writer.write_totals({"steps": trainer.step_number, **trainer.totals})
-        return Outcome(self.writer.folder, trainer.step_number, False)
+        return Outcome(self.writer.folder, trainer.step_number, "")
 
-    def step(self, progress: Progress) -> None:
+    def _to_the_last_step(self, progress: Progress, interrupts: Interrupts) -> None:
+        """Until the run is over or asked to stop."""
+        trainer, every = self.trainer, self.config.evaluation.every
+        if trainer.step_number == 0 and self.config.evaluation.before:
+            self.evaluate("before", progress)
+        with interrupts.caught(signal.SIGINT):
+            while not self.is_over and not self.asked_to_stop:
+                done = trainer.step_number
+                if every and done and done % every == 0 and not self.was_evaluated(done):
+                    self.evaluate(f"step {done}", progress)
+                self.step(progress, interrupts)
+        if self.is_over and self.asked_to_stop == "Ctrl-C":
+            self.asked_to_stop = ""  # it came too late to spare anything but the last scores
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether a run that was killed after the evaluation of this step has its scores."""
+        file = self.writer.folder / "evaluation.json"
+        return distributed.by_main(
+            lambda: file.is_file() and f"step {step}" in json.loads(file.read_text())
+        )
+
+    def step(self, progress: Progress, interrupts: Interrupts) -> None:
         trainer, stats = self.trainer, self.trainer.policy.stats
         step, sampled, began = trainer.step_number, stats.response_tokens, time.monotonic()
         result = trainer.step(progress)
+        sampled = self.agree(step, stats.response_tokens - sampled, interrupts)
         seconds = time.monotonic() - began
-        sampled = stats.response_tokens - sampled
         trainer.totals["sampled_tokens"] += sampled
         trainer.totals["milliseconds"] += round(1000 * seconds)
-        self.log(step, result, sampled / seconds)
+        health, warnings, unhealthy = trainer.health.see(step, result.metrics)
+        self.log(
+            step, dataclasses.replace(result, metrics=result.metrics | health), sampled / seconds
+        )
         progress.step_done(step, _report(result.metrics, sampled / seconds))
         if not result.metrics["loss_fraction"]:
             progress.note(f"step {step}: no rollout carried loss; its update changed nothing")
-        for note in self.tracking.notes():
+        for note in (*warnings, *self.tracking.notes()):
             progress.note(note)
-        done = trainer.step_number
-        every = self.config.checkpoint.every
+        done, every = trainer.step_number, self.config.checkpoint.every
         if every and done % every == 0:
             self.save(progress)
-        every = self.config.evaluation.every
-        if every and done % every == 0 and done < self.config.steps:
-            self.evaluate(f"step {done}", progress)
+        if unhealthy:
+            self.save(progress)
+            self.checkpointer.wait()
+            raise Unhealthy(f"{unhealthy}. Step {done} is saved; resume with another configuration")
+
+    def agree(self, step: int, sampled: int, interrupts: Interrupts) -> int:
+        """Tokens that all processes sampled in a step. What one was asked, all are.
+
+        Raises ReplicasDiffer when their banks are not the same, after each wrote its own.
+        """
+        told = distributed.exchange((sampled, interrupts.asked, self.trainer.bank.digest()))
+        self.asked_to_stop = next((asked for _, asked, _ in told if asked), "")
+        if len({digest for *_, digest in told}) > 1:
+            folder = self.writer.folder / f"banks_differ_step_{step}"
+            self.trainer.bank.save(folder / f"process_{jax.process_index()}")
+            distributed.exchange("written")
+            raise ReplicasDiffer(
+                f"step {step}: the processes hold different memories; each wrote its own below "
+                f"{folder}, compare them with `python -m tools.memory diff`; machines that differ "
+                f"in software or hardware can be why"
+            )
+        return sum(tokens for tokens, _, _ in told)
 
     def save(self, progress: Progress) -> None:
-        """A checkpoint, and its bank once more in memory/ where a person finds it."""
-        progress.phase("save")
+        """A checkpoint, and its bank once more in memory/ where a person finds it.
+
+        `seconds/save` of the next line of metrics.jsonl is how long training waited for it.
+        """
         trainer = self.trainer
-        self.checkpointer.save(trainer.step_number, trainer.checkpoint())
-        trainer.bank.save(self.writer.folder / "memory")
+        with trainer.phase("save", progress):
+            self.checkpointer.save(trainer.step_number, trainer.checkpoint())
+            if distributed.is_main():
+                trainer.bank.save(self.writer.folder / "memory")
 
     def log(self, step: int, result: StepResult, tokens_per_second: float) -> None:
         metrics = result.metrics | {

@@ -148,6 +148,28 @@ class RunWriter:
             self._tensorboard.add_scalar(tag, value, global_step=step)
 
 
+class Bystander(RunWriter):
+    """Of a process that leaves the files to another: the same calls, and nothing is written."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def write_config(self, config: Mapping[str, Any]) -> None: ...
+
+    def log_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def log_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None: ...
+
+    def write_evaluation(self, name: str, scores: Mapping[str, Any]) -> None: ...
+
+    def write_totals(self, totals: Mapping[str, Any]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _open_lines(path: Path) -> IO[str]:
     # Half a surrogate pair, which a response may hold, becomes its JSON escape.
     return path.open("a", encoding="utf-8", errors="backslashreplace")
@@ -318,12 +340,19 @@ class Progress:
             progress.step_done(0, report)
 
     num_steps: of the whole run; first_step: where this process starts, above 0 on resume.
-    console: where it writes, standard output by default.
+    console: where it writes, standard output by default. quiet: it shows nothing.
     On a terminal the phase and its seconds are redrawn several times a second, so that a slow
     machine shows life within a step.
     """
 
-    def __init__(self, num_steps: int, first_step: int = 0, console: Console | None = None):
+    def __init__(
+        self,
+        num_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+        quiet: bool = False,
+    ):
+        self._quiet = quiet
         self._num_steps = num_steps
         self._num_done = first_step
         self._console = console or Console(highlight=False)
@@ -336,7 +365,8 @@ class Progress:
         self._spinner = Spinner("dots")
 
     def __enter__(self) -> Progress:
-        if self._console.file.isatty() and not self._console.is_dumb_terminal:
+        is_terminal = self._console.file.isatty() and not self._console.is_dumb_terminal
+        if is_terminal and not self._quiet:
             self._live = Live(console=self._console, get_renderable=self._render)
             self._live.start()
         self._phase_started = self._step_started = time.monotonic()
@@ -368,6 +398,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """One line that stays: an evaluation, a checkpoint, a warning."""
+        if self._quiet:
+            return
         if self._live is None:
             print(text, file=self._console.file, flush=True)
         else:

@@ -43,8 +43,10 @@ from pmd_jax.distill.update import (
     make_probe,
     make_train_step,
 )
+from pmd_jax.distributed import Stopped
 from pmd_jax.embedding import make_embed, query_prefix
 from pmd_jax.endpoint import make_endpoint, parse_writer
+from pmd_jax.health import Health
 from pmd_jax.memory import Generate
 from pmd_jax.memory.bank import Bank
 from pmd_jax.memory.behaviors import abstract, cluster
@@ -64,14 +66,23 @@ from pmd_jax.policy.policy import Policy, load_policy
 from pmd_jax.policy.sharding import batch_shards
 from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Experience, Message, Problem, TeacherPrompt
-from pmd_jax.rollout import Grading, Group, attempt, make_generate, name_seed
+from pmd_jax.replay import save_failed_step
+from pmd_jax.rollout import (
+    Grading,
+    Group,
+    attempt,
+    make_generate,
+    name_seed,
+    shared,
+    shared_groups,
+)
 from pmd_jax.steplog import carries_loss, distillation, grades, rows, teacher_gain, teaching
 from pmd_jax.tasks.task import Task
 from pmd_jax.telemetry import Compilations, Progress, Span, Stopwatch
 
 
 class NotFinite(RuntimeError):
-    """The loss or its gradient was NaN or infinite; the state is that of the step before."""
+    """Loss or gradient was NaN, infinite or too large; policy and optimizer are as before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +111,14 @@ def make_writer(policy: Policy, config: ReflectionConfig, seed: int) -> Generate
     """Who writes behaviors: the current policy, another local model, or a server."""
     if config.writer.startswith("openai:"):
         url, model = parse_writer(config.writer)
-        return make_endpoint(
-            url,
-            model,
-            config.writer_timeout_seconds,
-            config.writer_retries,
-            config.behaviors_max_new_tokens,
+        return shared(
+            make_endpoint(
+                url,
+                model,
+                config.writer_timeout_seconds,
+                config.writer_retries,
+                config.behaviors_max_new_tokens,
+            )
         )
     return make_generate(policy, config.behaviors_max_new_tokens, config.temperature, seed)
 
@@ -156,7 +169,7 @@ class Trainer:
             self.writer_policy = load_policy(
                 config.reflection.writer,
                 config.model.dtype,
-                policy.mesh,
+                policy.local_mesh,
                 attention=config.model.attention,
             )
         self.grpo = config.distill.grpo if config.distill.objective == "grpo" else None
@@ -170,9 +183,16 @@ class Trainer:
         )
         policy.params = self.state.params
         self._train_step = make_train_step(
-            policy.config, config.optimizer, config.distill, policy.mesh, policy.dtype
+            policy.config,
+            config.optimizer,
+            config.distill,
+            policy.mesh,
+            policy.dtype,
+            config.health.max_loss or math.inf,
+            config.health.max_grad_norm or math.inf,
         )
         self._probe = make_probe(policy.config, config.distill, policy.mesh, policy.dtype)
+        self.health = Health(config.health)
         self.totals: Counter[str] = Counter()
         self.watch, self.updating, self.compilations = Stopwatch(), Span(), Compilations()
 
@@ -182,19 +202,37 @@ class Trainer:
         return int(self.state.step)
 
     def checkpoint(self) -> Checkpoint:
-        run = {"step": self.step_number, "totals": dict(self.totals)}
+        run = {
+            "step": self.step_number,
+            "totals": dict(self.totals),
+            "health": self.health.state,
+        }
         return Checkpoint(self.state, self.bank, self.order, run)
 
     def adopt(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint."""
         self.state, self.bank = checkpoint.state, checkpoint.bank
         self.totals = Counter(checkpoint.run["totals"])
+        self.health = Health(self.config.health, checkpoint.run["health"])
         self.policy.params = self.state.params
 
     # --- one step -------------------------------------------------------------------------------
 
     def step(self, progress: Progress) -> StepResult:
-        """Runs the seven steps once. Raises NotFinite, with the state as it was before."""
+        """Runs the seven steps once.
+
+        Raises NotFinite, with policy and optimizer as before, and Stopped, with all as before.
+        """
+        num_events, position = self.bank.num_events, self.order.get_state()
+        try:
+            return self._step(progress)
+        except Stopped:
+            if self.bank.num_events > num_events:
+                self.bank = self.bank.rewound(num_events)
+            self.order.set_state(position)
+            raise
+
+    def _step(self, progress: Progress) -> StepResult:
         step, config = self.step_number, self.config
         began, compiled = time.perf_counter(), self.compilations.seconds
         busy, synced = self.busy_seconds(), self.policy.stats.sync_seconds
@@ -245,23 +283,31 @@ class Trainer:
     def attempt_and_verify(
         self, step: int, problems: Sequence[Problem], progress: Progress
     ) -> list[Group]:
-        """Each response is graded while the others are sampled; `verify` is what is left then."""
+        """Each response is graded while the others are sampled; `verify` is what is left then.
+
+        Each process attempts and grades its share of the problems, and knows all groups then.
+        """
         rollout = self.config.rollout
-        with Grading(self.task) as grading:
-            with self.phase("attempt", progress):
-                attempts = attempt(
-                    self.policy,
-                    self.task,
-                    problems,
-                    rollout.rollouts_per_problem,
-                    rollout.max_new_tokens,
-                    step,
-                    name_seed(self.config.seed, step, "attempt"),
-                    rollout.temperature,
-                    on_rollout=grading,
-                )
-            with self.phase("verify", progress):
-                return grading.groups(problems, attempts)
+
+        def work(own: Sequence[int]) -> list[Group]:
+            mine = [problems[i] for i in own]
+            with Grading(self.task) as grading:
+                with self.phase("attempt", progress):
+                    attempts = attempt(
+                        self.policy,
+                        self.task,
+                        mine,
+                        rollout.rollouts_per_problem,
+                        rollout.max_new_tokens,
+                        step,
+                        name_seed(self.config.seed, step, "attempt"),
+                        rollout.temperature,
+                        on_rollout=grading,
+                    )
+                with self.phase("verify", progress):
+                    return grading.groups(mine, attempts)
+
+        return shared_groups(problems, work)
 
     def reflect(self, step: int, news: Mapping[str, Any], progress: Progress) -> dict[str, float]:
         """Insights from this step's groups, by the current policy, in one batch."""
@@ -272,7 +318,10 @@ class Trainer:
             reflected = reflect(news, self.bank, generate, self.policy.tokenizer, step, config)
             for problem_id, insights in reflected.insights.items():
                 self.bank.rewrite_insights(step, problem_id, insights)
-        return {f"reflect/{name}": n for name, n in reflected.counts.metrics().items()}
+        texts = [i.text.strip().lower() for new in reflected.insights.values() for i in new]
+        duplicates = 1 - len(set(texts)) / max(len(texts), 1) if len(texts) > 1 else 0.0
+        counts = reflected.counts.metrics() | {"duplicate_fraction": duplicates}
+        return {f"reflect/{name}": n for name, n in counts.items()}
 
     def abstract(self, step: int, progress: Progress) -> dict[str, float]:
         """Behaviors from the cluster with the most news, when due."""
@@ -397,7 +446,7 @@ class Trainer:
             per_token = jax.tree.map(lambda x: x[rows], report.per_token)
             report = report._replace(per_token=per_token)
         if not report.finite:
-            raise NotFinite(self._explain(step, batch, report))
+            raise NotFinite(self._explain(step, build_batch(taught), report))
         return batch, report, padding
 
     def advantages(self, group: Group) -> list[float]:
@@ -407,10 +456,10 @@ class Trainer:
         return advantages([verdict.reward for verdict in group.verdicts], self.grpo)
 
     def _explain(self, step: int, batch: DistillBatch, report: StepReport) -> str:
-        file = self.folder / f"not_finite_step_{step}.npz"
-        np.savez_compressed(file, **batch._asdict())
+        folder = save_failed_step(self.folder, step, self.state, batch, report)
         return (
-            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; "
-            f"the update was not applied. The batch is in {file}; lower "
-            f"config.optimizer.learning_rate and resume from the last checkpoint with --resume"
+            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the "
+            f"update was not applied. `python -m tools.replay {folder}` computes the step again on "
+            f"a CPU and says where it begins; lower config.optimizer.learning_rate and resume from "
+            f"the last checkpoint with --resume"
         )

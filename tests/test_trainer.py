@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from scripted import Grading, make_generate
 from toys import write_model_folder
 
 from pmd_jax import settings, trainer
@@ -21,7 +22,6 @@ from pmd_jax.memory.reflection import ReflectionConfig
 from pmd_jax.memory.teacher import TeacherConfig
 from pmd_jax.policy.policy import load_policy
 from pmd_jax.policy.sharding import MeshConfig
-from pmd_jax.records import Verdict
 from pmd_jax.rollout import RolloutConfig, attempt
 from pmd_jax.run import NothingLearned, train
 from pmd_jax.tasks.task import TaskConfig, load_task
@@ -29,12 +29,6 @@ from pmd_jax.telemetry import Compilations, Progress
 
 TASK = TaskConfig(
     "scicalc", response_style="direct", num_train=8, num_validation=4, num_test=4, feedback=True
-)
-LESSONS = (
-    "you divide by a time, check the unit of the answer before choosing",
-    "a quantity is squared, write the square down before you multiply",
-    "two options differ by ten, count the powers of ten once more",
-    "the ratio is asked, keep numerator and denominator in their places",
 )
 
 
@@ -45,24 +39,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch):
-    """A toy model solves nothing and writes noise: grade by length, and lend it a writer."""
-
-    def make_generate(policy, max_new_tokens, temperature, seed):
-        return lambda chats: [LESSONS[(seed + i) % 4] + "." for i, _ in enumerate(chats)]
-
-    class Grading(trainer.Grading):
-        def groups(self, problems, attempts):
-            return [
-                dataclasses.replace(
-                    group,
-                    verdicts=tuple(
-                        Verdict(r.sample % 2 == 0, float(r.sample % 2 == 0), "", True)
-                        for r in group.rollouts
-                    ),
-                )
-                for group in super().groups(problems, attempts)
-            ]
-
     monkeypatch.setattr(trainer, "make_generate", make_generate)
     monkeypatch.setattr(trainer, "Grading", Grading)
 

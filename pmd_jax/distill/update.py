@@ -11,6 +11,7 @@ survive. The EMA teacher moves once per step, in float32: T <- T + rate (S - T).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -281,11 +282,14 @@ def make_train_step(
     config: DistillConfig,
     mesh: Mesh,
     dtype: Any,
+    most_loss: float = math.inf,
+    most_norm: float = math.inf,
 ) -> Callable[..., tuple[TrainState, StepReport]]:
     """The jitted step: (state, batch, *more batches) -> (state, report).
 
     The state is donated: use the one that comes back. Of several batches, which are one step
-    together, per_token comes joined and padded, as numpy.
+    together, per_token comes joined and padded, as numpy. A loss above most_loss or a gradient norm
+    above most_norm counts as not finite.
     """
     updates = config.grpo.updates if config.objective == "grpo" else 1
     optimizer = make_optimizer(optimizer_config, model, updates)
@@ -295,7 +299,7 @@ def make_train_step(
         state: TrainState, loss: Array, gradients: Params, means: _Means, known: Any
     ) -> tuple[TrainState, StepReport]:
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= most_loss) & (norm <= most_norm)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         teacher = None
