@@ -54,8 +54,9 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         print(f"stopped; {left}", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
-        distributed.leave(1)
+        if distributed.is_joined():
+            traceback.print_exc()
+            distributed.leave(1)
         raise
     return 130 if outcome.interrupted == "Ctrl-C" else 0
 

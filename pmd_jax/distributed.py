@@ -123,6 +123,11 @@ def start(cluster: Cluster) -> None:
         ) from error
 
 
+def is_joined() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized()
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and talks."""
     return jax.process_index() == 0
@@ -133,7 +138,7 @@ def leave(code: int) -> None:
 
     An ordinary exit waits for the others, which wait for this one.
     """
-    if jax.distributed.is_initialized():
+    if is_joined():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -382,6 +382,8 @@ class Run:
         metrics = result.metrics | {
             "tokens_per_second": tokens_per_second,
             "peak_memory_gib": peak_memory_gib(),
+            "host_memory_gib": host_memory_gib(),
+            "live_arrays_gib": sum(x.nbytes for x in jax.live_arrays()) / 2**30,
             **{f"seconds/{name}": s for name, s in self.trainer.watch.take().items()},
         }
         self.tracking.log(step, self.writer.log_step(step, metrics))
@@ -464,6 +466,15 @@ def _report(metrics: dict[str, Any], tokens_per_second: float) -> StepReport:
         },
         tokens_per_second=tokens_per_second,
     )
+
+
+def host_memory_gib() -> float:
+    """The resident size of this process; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_gib()
+    return pages * resource.getpagesize() / 2**30
 
 
 def peak_memory_gib() -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import json
+import shutil
 import signal
 import threading
 
@@ -17,15 +18,20 @@ from pmd_jax.config import ModelSection, RunConfig
 from pmd_jax.distill.objectives import DistillConfig
 from pmd_jax.distill.update import OptimizerConfig
 from pmd_jax.evaluate import EvaluationConfig
+from pmd_jax.health import HealthConfig
 from pmd_jax.memory.bank import Bank, MemoryConfig
 from pmd_jax.memory.reflection import ReflectionConfig
 from pmd_jax.memory.teacher import TeacherConfig
+from pmd_jax.policy.families import read_config
 from pmd_jax.policy.policy import load_policy
-from pmd_jax.policy.sharding import MeshConfig
+from pmd_jax.policy.sharding import MeshConfig, single_device_mesh
+from pmd_jax.replay import load_failed_step, replay
 from pmd_jax.rollout import RolloutConfig, attempt
 from pmd_jax.run import NothingLearned, train
 from pmd_jax.tasks.task import TaskConfig, load_task
 from pmd_jax.telemetry import Compilations, Progress
+from pmd_jax.trainer import NotFinite
+from tools.replay import report
 
 TASK = TaskConfig(
     "scicalc", response_style="direct", num_train=8, num_validation=4, num_test=4, feedback=True
@@ -315,11 +321,27 @@ def test_a_loss_that_is_nan_stops_with_its_batch_and_leaves_the_checkpoint(model
     )
     with pytest.raises(trainer.NotFinite, match=r"step \d: the loss is .*--resume"):
         train(config)
-    [file] = (tmp_path / "toy").glob("not_finite_step_*.npz")
-    with np.load(file) as batch:
-        assert batch["response"].shape[:2] == (8, 4)
-    step = int(file.stem.rpartition("_")[2])
+    [failed] = (tmp_path / "toy").glob("failed_step_*")
+    step = int(failed.name.rpartition("_")[2])
     assert (tmp_path / "toy" / "checkpoints" / str(step)).is_dir()
+    told = "\n".join(report(failed, None, 2))
+    assert f"step {step} in float32 on a CPU\nloss           nan (the run: nan)" in told
+    assert "not finite: gradients of" in told and "not finite from token 0 on" in told
+
+
+def test_a_loss_beyond_its_limit_ends_the_run_and_is_computed_again_to_the_same(model, tmp_path):
+    """Seen at the second step; the replay is of one device, and of the run's own precision."""
+    first = lines(run(model, tmp_path / "free"))
+    limit = HealthConfig(max_loss=(first[0]["loss"] + first[1]["loss"]) / 2)
+    with pytest.raises(NotFinite, match=r"step 0: the loss is .* tools\.replay"):
+        run(model, tmp_path, health=limit)
+    failed = load_failed_step(tmp_path / "toy" / "failed_step_0")
+    assert failed.loss == first[0]["loss"]
+    again = replay(failed, DistillConfig(), read_config(model), single_device_mesh(), "float32")
+    assert again.loss == pytest.approx(failed.loss, rel=1e-5)
+    assert again.grad_norm == pytest.approx(failed.grad_norm, rel=1e-4)
+    with pytest.raises(ValueError, match="must be a failed_step_N"):
+        load_failed_step(tmp_path)
 
 
 def test_a_run_without_any_loss_is_a_failure_and_says_so(model, tmp_path, monkeypatch):
@@ -343,19 +365,55 @@ def test_nothing_compiles_after_the_second_step(model, tmp_path):
     assert compiled.names == []
 
 
-def test_a_bank_that_is_missing_or_damaged_is_not_resumed_without(model, tmp_path):
-    config = config_for(model, tmp_path, steps=1)
+def test_sigterm_leaves_the_step_saves_the_one_before_and_loses_nothing(
+    model, tmp_path, monkeypatch, capsys
+):
+    """It comes while the second step reflects, when the bank has changed already."""
+    whole = run(model, tmp_path / "whole")
+    config = config_for(model, tmp_path, checkpoint=CheckpointConfig(every=0))
+    real = trainer.Trainer.reflect
+
+    def told_to_end(self, step, news, progress):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+            self.policy.generate([[1]], max_new_tokens=1)
+        return real(self, step, news, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "reflect", told_to_end)
+        outcome = train(config)
+    assert (outcome.interrupted, outcome.steps) == ("SIGTERM", 1)
+    assert "SIGTERM: saved step 1" in capsys.readouterr().out
+    outcome = train(config, resume="if saved")
+    assert without_times(lines(outcome.folder)) == without_times(lines(whole))
+    assert Bank.load(outcome.folder / "memory").digest() == Bank.load(whole / "memory").digest()
+
+
+def test_a_run_whose_newest_step_is_damaged_goes_on_from_the_one_before(model, tmp_path, capsys):
+    whole = run(model, tmp_path / "whole")
+    config = config_for(model, tmp_path, steps=2)
     folder = train(config).folder
-    bank = folder / "checkpoints" / "1" / "bank" / "bank"
+    bank = folder / "checkpoints" / "2" / "bank" / "bank"
     file = sorted(bank.glob("*.jsonl"))[0]
     file.write_text(file.read_text() + "x")
-    with pytest.raises(ValueError, match=file.name):
-        train(dataclasses.replace(config, steps=2), resume=True)
-    for part in bank.iterdir():
-        part.unlink()
-    bank.rmdir()
-    with pytest.raises(ValueError, match="lacks its memory bank"):
-        train(dataclasses.replace(config, steps=2), resume=True)
+    train(dataclasses.replace(config, steps=4), resume=True)
+    assert f"checkpoint 2 is damaged (bank/bank/{file.name} has " in capsys.readouterr().out
+    assert (folder / "checkpoints" / "2.damaged").is_dir()
+    assert without_times(lines(folder)) == without_times(lines(whole))
+    for step in ("2", "3", "4"):
+        shutil.rmtree(folder / "checkpoints" / step / "bank")
+    with pytest.raises(ValueError, match=r"holds no complete step; 2.*lacks its memory bank"):
+        train(dataclasses.replace(config, steps=5), resume=True)
+
+
+def test_a_run_goes_on_upon_another_mesh(model, tmp_path):
+    """Data order and bank as if nothing had happened, losses but for rounding."""
+    whole = run(model, tmp_path / "whole")
+    train(config_for(model, tmp_path, steps=2))
+    folder = train(config_for(model, tmp_path, mesh=MeshConfig(fsdp=4, tensor=2)), True).folder
+    assert Bank.load(folder / "memory").digest() == Bank.load(whole / "memory").digest()
+    losses = [[row["loss"] for row in lines(f)] for f in (whole, folder)]
+    np.testing.assert_allclose(*losses, atol=1e-6)
 
 
 def test_a_run_is_not_written_over_nor_resumed_as_another(model, tmp_path):
