@@ -116,6 +116,7 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(
                     timeout_secs=config.timeout_seconds,
                     post_finalization_callback=self._finalised,
+                    create_directories_asynchronously=False,  # what forbids it is said at once
                 ),
             ),
         )
@@ -190,6 +191,7 @@ class Checkpointer:
         A newer one that is damaged is set aside, and told in `notes`. Raises ValueError naming the
         folder when none is left.
         """
+        self.wait()
         told = ""
         while (step := distributed.by_main(lambda: self.latest)) is not None:
             damage, found = self._read(step, abstract, memory)

@@ -9,9 +9,12 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+
 from pmd_jax import trainer
 from pmd_jax.distributed import share
 from pmd_jax.records import Verdict
+from pmd_jax.tasks.sandbox import SandboxError
 
 LESSONS = (
     "you divide by a time, check the unit of the answer before choosing",
@@ -34,6 +37,8 @@ class Grading(trainer.Grading):
     """Every second sample of a group is correct."""
 
     def groups(self, problems, attempts):
+        if os.environ.get("PMD_TEST_FAILING_PROCESS") == str(jax.process_index()):
+            raise SandboxError("the judge is ill")
         return [
             dataclasses.replace(
                 group,
@@ -48,27 +53,23 @@ class Grading(trainer.Grading):
 
 def main() -> int:
     trainer.make_generate, trainer.Grading = make_generate, Grading
-    pause = float(os.environ.get("PMD_TEST_SLOW_SAVE", 0))
-    if pause:
-        slow_down_saves(pause)
+    if "PMD_TEST_DIFFERENT_BANK" in os.environ:
+        differ()
     from experiments.command import main as run
 
     return run(__doc__ or "")
 
 
-def slow_down_saves(seconds: float) -> None:
-    """Makes the middle of every save last, so that a kill is likely to meet it."""
-    import time
+def differ() -> None:
+    """Lets each process remember something of its own."""
+    real = trainer.Trainer.teach
 
-    from pmd_jax import checkpoint
+    def teach(self, step, groups):
+        own = f"problem of process {jax.process_index()}"
+        self.bank.mark_abstracted(step, [own])
+        return real(self, step, groups)
 
-    real = checkpoint.write_digests
-
-    def slow(folder: Path) -> None:
-        time.sleep(seconds)
-        real(folder)
-
-    checkpoint.write_digests = slow
+    trainer.Trainer.teach = teach
 
 
 if __name__ == "__main__":

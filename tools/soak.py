@@ -4,8 +4,8 @@
         python -m experiments.sciknoweval --config configs/quickstart.py --config.checkpoint.every=2
 
 The command after -- is run twice, as --name whole to its end, and as --name killed, which gets
-`kill -9` at random moments and is started again with --resume-if-saved. Some of the kills wait for a
-save to begin and fall into it. At the end the two must have the same metrics (times left aside),
+`kill -9` at random moments and is started again with --resume-if-saved. Some of the kills wait for
+a save to begin and fall into it. At the end the two must have the same metrics (times left aside),
 samples, evaluations, bank and state, bit for bit. Told are also the steps that each kill cost, and
 whether the memory of the undisturbed run stays flat.
 
@@ -37,7 +37,7 @@ from typing import Any
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory", "host_memory", "live_arrays")
 FLAT = 1.05
-"""Memory counts as flat where the last quarter of the steps needs at most this much of the second."""
+"""Memory counts as flat where the last quarter of the steps needs at most this times the second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ def is_saving(run: Path) -> bool:
 
 
 def waits(run: Path, in_save: bool, after: int, rng: random.Random) -> Iterator[float]:
-    """Pauses until the moment of a kill, which is after a step beyond `after`, the save that the run
-    began from, or within a save, but not the first: with it, nothing would ever be saved."""
+    """Pauses until the moment of a kill: after a step beyond `after`, the save that the run began
+    from, or within a save, but not the first: with it, nothing would ever be saved."""
     while steps_logged(run) <= after:
         yield 0.05
     if in_save:
@@ -259,8 +259,8 @@ def soak(command: Sequence[str], args: argparse.Namespace) -> int:
             break
         kills.append(one)
         print(
-            f"kill {len(kills)}{' in a save' if one.in_save else ''}: at step {one.logged}, goes on "
-            f"from {one.saved}",
+            f"kill {len(kills)}{' in a save' if one.in_save else ''}: at step {one.logged}, "
+            f"goes on from {one.saved}",
             flush=True,
         )
     finish(runs[killed], args, "killed.log")

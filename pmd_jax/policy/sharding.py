@@ -37,6 +37,11 @@ class MeshConfig:
     tensor: int = 1
 
 
+def _divisors(number: int) -> str:
+    """The first dozen, for messages."""
+    return ", ".join([str(n) for n in range(1, number + 1) if number % n == 0][:12])
+
+
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     """Devices along each mesh axis. Raises ValueError when the sizes do not fit."""
     sizes = [config.data, config.fsdp, config.tensor]
@@ -48,7 +53,8 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     if math.prod(sizes) != num_devices:
         raise ValueError(
             f"mesh: data x fsdp x tensor must equal the number of devices, {num_devices}; "
-            f"got {' x '.join(map(str, sizes))}"
+            f"got {' x '.join(map(str, sizes))}; each must be one of {_divisors(num_devices)}, or "
+            f"-1 for what the others leave"
         )
     data, fsdp, tensor = sizes
     return data, fsdp, tensor
@@ -134,8 +140,7 @@ def check_divides(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         common = math.gcd(*sizes.values())
         if common % ways:
             what = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % ways)
-            fits = [n for n in range(1, common + 1) if common % n == 0][:12]
             raise ValueError(
                 f"mesh.{axis}: must divide the model's {what}; got {ways}; "
-                f"sizes that work: {', '.join(map(str, fits))}"
+                f"sizes that work: {_divisors(common)}"
             )
