@@ -28,7 +28,6 @@ from experiments.rows import ROWS, TOKENS, config_of, in_order, row_of
 from experiments.table import Cell, compare, read_cell, rendered
 from pmd_jax import settings
 from pmd_jax.config import RunConfig
-from pmd_jax.policy.saved import CHECKPOINTS
 from pmd_jax.telemetry import duration, percent
 
 COMPILED = ".compiled"  # programs that the cells share
@@ -111,9 +110,7 @@ def run_cell(study: Study, row: str, seed: int) -> str:
     file = folder.parent / f"seed-{seed}.json"
     file.write_text(json.dumps(settings.to_dict(config), indent=2) + "\n")
     command = [sys.executable, "-m", "experiments.command", "--config", str(file)]
-    saved = folder / CHECKPOINTS
-    if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()):
-        command.append("--resume")
+    command.append("--resume-if-saved")
     compiled = {"JAX_COMPILATION_CACHE_DIR": str((study.folder / COMPILED).absolute())}
     log = folder.parent / f"seed-{seed}.log"
     with log.open("ab") as output:

@@ -52,6 +52,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         saved = run.checkpointer.latest
         left = "nothing was saved yet" if saved is None else f"--resume continues at step {saved}"
         print(f"stopped; {left}", file=sys.stderr)
+        distributed.leave(130)
         return 130
     except Exception:
         if distributed.is_joined():

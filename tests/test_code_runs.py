@@ -5,7 +5,8 @@ import json
 import re
 
 import pytest
-from test_trainer import LESSONS, config_for, lines
+from scripted import make_generate
+from test_trainer import config_for, lines
 from toys import write_model_folder
 
 from experiments.rows import config_of
@@ -62,9 +63,6 @@ def lent():
         return {
             p.id: (made[p.id][0], tuple(written(p, r) for r in made[p.id][1])) for p in problems
         }
-
-    def make_generate(policy, max_new_tokens, temperature, seed):
-        return lambda chats: [LESSONS[(seed + i) % 4] + "." for i, _ in enumerate(chats)]
 
     real_attempt = trainer.attempt
     with pytest.MonkeyPatch.context() as patch:
