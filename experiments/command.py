@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def main(description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `--config FILE[:ARG]`; the exit code is 0 done or saved on SIGTERM, 1 failed, 2 bad
-    input, 130 Ctrl-C.
+    """Runs `--config FILE[:ARG]`. The exit code says what a launcher should do.
 
+    0: done, or saved on SIGTERM. 1: failed, and the same command may go on (`--resume-if-saved`).
+    2: something must be changed first: bad input, or a run that came to nothing. 130: Ctrl-C.
     An error that is neither bad input nor one of `run.FAILURES` is a bug, and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -31,7 +32,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     from pmd_jax import distributed
     from pmd_jax.config import RunConfig
     from pmd_jax.policy.hub import FetchError
-    from pmd_jax.run import FAILURES, Resume, prepare
+    from pmd_jax.run import FAILURES, FINAL, Resume, prepare
 
     try:
         distributed.start(_cluster(arguments))
@@ -40,14 +41,16 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
             config = dataclasses.replace(config, name=arguments.name)
         resume: Resume = "if saved" if arguments.resume_if_saved else arguments.resume
         run = prepare(config, resume)
-    except (ValueError, OSError, FetchError, distributed.PeerLost) as error:
+    except (ValueError, FileNotFoundError) as error:
         return _told(error, 2)
+    except (OSError, FetchError, distributed.PeerLost) as error:
+        return _told(error, 1)
     except KeyboardInterrupt:
         return 130
     try:
         outcome = run.to_the_end()
     except FAILURES as error:
-        return _told(error, 1)
+        return _told(error, 2 if isinstance(error, FINAL) else 1)
     except KeyboardInterrupt:
         saved = run.checkpointer.latest
         left = "nothing was saved yet" if saved is None else f"--resume continues at step {saved}"

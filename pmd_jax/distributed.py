@@ -98,7 +98,7 @@ def launched(environment: Mapping[str, str]) -> bool:
 def start(cluster: Cluster) -> None:
     """Joins the processes of the run, before JAX looks for devices. Alone it does nothing.
 
-    Raises ValueError when they cannot be joined.
+    Raises PeerLost when they cannot be joined.
     """
     explicit: dict[str, Any] = {}
     if cluster.coordinator:
@@ -117,7 +117,7 @@ def start(cluster: Cluster) -> None:
             shutdown_timeout_seconds=cluster.peer_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise PeerLost(
             f"processes: could not be joined ({_first_line(error)}); give every one the same "
             f"--coordinator HOST:PORT and --num-processes, and its own --process-id"
         ) from error
@@ -215,11 +215,15 @@ def by_main(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def peers_are_there(doing: str) -> Iterator[None]:
-    """Errors of collectives, of which there are many kinds, as PeerLost. Alone they stay."""
+    """Errors of collectives, of which there are many kinds, as PeerLost. Alone they stay.
+
+    On CPUs a peer that is gone is a ValueError of Gloo's, elsewhere an error of JAX's runtime.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        is_collective = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if jax.process_count() == 1 or not is_collective:
             raise
         raise PeerLost(
             f"process {jax.process_index()}: another process ended or cannot be reached while "

@@ -120,10 +120,11 @@ class ReplicasDiffer(RuntimeError):
     """The processes of a run no longer hold the same memory."""
 
 
+FINAL = (NotFinite, NothingLearned, Unhealthy)
+"""Failures that the same command would meet again."""
+
 FAILURES = (
-    NotFinite,
-    NothingLearned,
-    Unhealthy,
+    *FINAL,
     SaveFailed,
     EndpointError,
     SandboxError,

@@ -10,6 +10,7 @@ from toys import write_model_folder
 
 from experiments.command import main
 from pmd_jax import settings
+from pmd_jax.checkpoint import SaveFailed
 from pmd_jax.config import RunConfig
 from pmd_jax.trainer import NotFinite
 
@@ -116,7 +117,12 @@ def test_help_and_a_typo_answer_without_loading_jax():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(NotFinite("step 3: the loss is nan"), 1), (ValueError("a bug"), None)]
+    ("error", "code"),
+    [
+        (NotFinite("step 3: the loss is nan"), 2),  # starting again would not mend it
+        (SaveFailed("checkpoint 3: could not be written"), 1),
+        (ValueError("a bug"), None),
+    ],
 )
 def test_a_failed_run_is_one_line_and_a_bug_keeps_its_traceback(
     tmp_path, capsys, monkeypatch, error, code

@@ -72,7 +72,7 @@ def lines(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
+TIMES = ("seconds", "tokens_per_second", "peak_memory", "host_memory", "live_arrays")
 
 
 def without_times(rows):
@@ -337,7 +337,9 @@ def test_a_loss_beyond_its_limit_ends_the_run_and_is_computed_again_to_the_same(
         run(model, tmp_path, health=limit)
     failed = load_failed_step(tmp_path / "toy" / "failed_step_0")
     assert failed.loss == first[0]["loss"]
-    again = replay(failed, DistillConfig(), read_config(model), single_device_mesh(), "float32")
+    again = replay(
+        failed, DistillConfig(), read_config(model), single_device_mesh(), np.dtype("float32")
+    )
     assert again.loss == pytest.approx(failed.loss, rel=1e-5)
     assert again.grad_norm == pytest.approx(failed.grad_norm, rel=1e-4)
     with pytest.raises(ValueError, match="must be a failed_step_N"):

@@ -62,7 +62,9 @@ def report(folder: Path, dtype: str | None, num_rollouts: int) -> list[str]:
     )
     kind = dtype or config.model.dtype
     files = failed.saved.files
-    found = replay(failed, config.distill, read_config(files), single_device_mesh(), np.dtype(kind))
+    found = replay(
+        failed, config.distill, read_config(files), single_device_mesh(), jax.numpy.dtype(kind)
+    )
     lines = [
         f"step {failed.step} in {kind} on a CPU",
         f"loss           {found.loss:.6g} (the run: {failed.loss:.6g})",
