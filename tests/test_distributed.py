@@ -198,6 +198,49 @@ def test_layouts_of_devices_and_processes_give_one_training(toy, tmp_path, monke
             np.testing.assert_allclose(other, one, atol=1e-5, err_msg=name)
 
 
+LOCAL = """
+import sys
+import jax
+import numpy as np
+from pmd_jax.distributed import Cluster, start
+folder, _, address, _, count, _, index = sys.argv[1:]
+start(Cluster(address, int(count), int(index)))
+from pmd_jax.policy.policy import load_policy
+from pmd_jax.policy.sharding import MeshConfig, make_mesh
+
+policy = load_policy(folder, "float32", make_mesh(MeshConfig(1, 4, 2)))
+view = policy._to_local
+view(policy.params)  # makes the program that gathers
+gathered, real = view._gather(policy.params), view._gather
+view._gather = lambda params: gathered
+local = view(policy.params)
+view._gather = real
+for old, new in zip(jax.tree.leaves(gathered), jax.tree.leaves(local)):
+    before = {s.device: s.data.unsafe_buffer_pointer() for s in old.addressable_shards}
+    after = {s.device: s.data.unsafe_buffer_pointer() for s in new.addressable_shards}
+    assert after == before and new.is_fully_addressable
+matrix, whole = local["layers"]["gate"], policy.params["layers"]["gate"]
+assert matrix.sharding.shard_shape(matrix.shape) == (2, 16, 32)  # two by two of its own devices
+assert whole.sharding.shard_shape(whole.shape) == (2, 8, 32)  # of all: four by two
+lengths = 3 + 4 * int(index)  # each process runs a loop of its own
+[[sample]] = policy.generate([[1, 2, 3]], max_new_tokens=lengths, stop_tokens=[], seed=5)
+alone = load_policy(folder, "float32")
+[[same]] = alone.generate([[1, 2, 3]], max_new_tokens=lengths, stop_tokens=[], seed=5)
+assert sample.tokens.tolist() == same.tokens.tolist() and len(sample.tokens) == lengths
+np.testing.assert_allclose(sample.logprobs, same.logprobs, atol=1e-5)
+print("as it should be", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_samples_on_its_own_devices_from_the_buffers_of_the_gather(
+    toy, tmp_path, monkeypatch
+):
+    running = begin([sys.executable, "-c", LOCAL, str(toy)], tmp_path, 2, 4, monkeypatch)
+    assert ended(running) == [0, 0]
+    assert (tmp_path / "log").read_text().count("as it should be") == 2
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(toy, tmp_path, monkeypatch):
     line, whole = command(toy, tmp_path, "whole")
