@@ -19,7 +19,7 @@ from toys import (
 
 from pmd_jax.distill.batch import DistillBatch, build_batch
 from pmd_jax.policy import model
-from pmd_jax.policy.sharding import MeshConfig, check_divides, make_mesh, single_device_mesh
+from pmd_jax.policy.sharding import single_device_mesh
 
 
 def test_the_module_and_the_functions_are_the_same_model():
@@ -95,10 +95,3 @@ def test_teacher_and_student_scores_equal_a_naive_pass_over_each_row(own_teacher
                 head = model.head_of(params)
                 got = jax.nn.log_softmax(model.logits(head, packed[n, g, : len(rollout.tokens)]))
                 np.testing.assert_allclose(got, expected, atol=2e-5)
-
-
-def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_do():
-    with pytest.raises(ValueError, match=r"mesh.tensor: .*key-value heads 2.*got 4.*work: 1, 2"):
-        check_divides(CONFIG, make_mesh(MeshConfig(fsdp=2, tensor=4)))
-    with pytest.raises(ValueError, match="number of devices, 8; got 3 x 1 x 1"):
-        make_mesh(MeshConfig(data=3, fsdp=1))
