@@ -76,6 +76,20 @@ def test_a_peer_answers_and_its_prints_stay_out_of_the_answers(fake):
     assert "loading" in printed and "from a C library" in printed
 
 
+def test_the_first_run_of_a_peer_is_told_and_does_not_count(fake):
+    with Peer(fake(ECHO)) as peer:
+        about = peer.warm_up(WORKLOAD)
+        assert about["setting"] == "ä b" and about["first_run_seconds"] == 0.5
+        assert peer.run()["tokens"] == 2  # ECHO tells which run it is
+
+
+def test_variables_are_of_the_peer_alone(fake):
+    with Peer(fake(ECHO), variables={"OMP_WAIT_POLICY": "ACTIVE"}) as peer:
+        peer.prepare(WORKLOAD)
+        assert peer.run()["wait"] == "ACTIVE"
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
 def test_the_users_wait_policy_is_kept(fake, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     with Peer(fake(ECHO)) as peer:

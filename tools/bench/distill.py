@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,21 @@ def flops_needed(params: model.Params, of: ModelConfig, workload: Workload) -> i
     return 3 * forward(workload.student) + forward(workload.teacher) + 4 * head
 
 
+def build(step: Step, params: model.Params, batch: DistillBatch) -> dict[str, Any]:
+    """A step that was compiled and ran once, and what that took."""
+    lowered, began = jax.jit(step).lower(params, batch), time.perf_counter()
+    compiled: Any = lowered.compile()
+    compile_seconds = time.perf_counter() - began
+    return {
+        "run": compiled,
+        "loss": float(compiled(params, batch)[0]),
+        "compile_seconds": compile_seconds,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": machine.peak_bytes(),
+        "flops": product_flops(step, params, batch),
+    }
+
+
 def run(
     name: str,
     dtype: str,
@@ -136,29 +152,28 @@ def run(
     repeats: int,
     peers: list[Peer],
     with_naive: bool = True,
+    attention: str = "auto",
 ) -> dict[str, Any]:
-    """Seconds and temporary memory of loss and gradients, ours, naive and of each peer."""
-    of, params = models.load(name, "float32", dtype)
+    """Seconds and temporary memory of loss and gradients, ours, naive and of each peer.
+
+    Where the naive loss does not fit the device's memory, the result says so in its place.
+    flops_over_needed is left out with splash, whose products are not counted (tools/flops.py).
+    """
+    of, params = models.load(name, "float32", dtype, attention)
     groups = workload.draw(of.vocab_size)
     batch = jax.device_put(build_batch(groups, bucket_tokens=1))
-    found: dict[str, Any] = {}
-    for kind, step in steps(config, of, jnp.dtype(dtype)).items():
-        if kind == "naive" and not with_naive:
-            continue
-        lowered = jax.jit(step).lower(params, batch)
-        compile_seconds = machine.timed(lambda lowered=lowered: found.update(now=lowered.compile()))  # type: ignore[misc]
-        compiled: Any = found.pop("now")
-        loss = float(compiled(params, batch)[0])
-        found[kind] = {
-            "run": compiled,
-            "loss": loss,
-            "compile_seconds": compile_seconds,
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-            "flops": product_flops(step, params, batch),
-        }
+    made = steps(config, of, jnp.dtype(dtype))
+    found, lack = {"ours": build(made["ours"], params, batch)}, ""
+    if with_naive:
+        try:
+            found["naive"] = build(made["naive"], params, batch)
+        except jax.errors.JaxRuntimeError as error:
+            lack = machine.memory_lacked(error)
+            if not lack:
+                raise
     roofs = machine.roofline(jnp.dtype(dtype))
     answers = [
-        peer.prepare(
+        peer.warm_up(
             {
                 "kind": "distill",
                 "model": str(models.folder(name)),
@@ -190,6 +205,7 @@ def run(
         "dtype": dtype,
         "workload": dataclasses.asdict(workload),
         "config": dataclasses.asdict(config),
+        "attention": of.attention,
         **machine.describe(),
         **roofs,
         "loss": ours["loss"],
@@ -200,14 +216,15 @@ def run(
         * workload.response
         / seconds["ours"],
         "flops_needed": needed,
-        "flops_over_needed": ours["flops"] / needed,
+        **({} if of.attention == "splash" else {"flops_over_needed": ours["flops"] / needed}),
         "fraction_of_flops": needed / seconds["ours"] / roofs["flops_per_second"],
         "temporary_bytes": ours["temporary_bytes"],
         "compile_seconds": ours["compile_seconds"],
-        "peak_bytes": machine.peak_bytes(),
+        "peak_bytes": ours["peak_bytes"],
+        **({"naive": f"does not fit: {lack}"} if lack else {}),
     }
     others = {peer.name: answer for peer, answer in zip(peers, answers, strict=True)}
-    if with_naive:
+    if "naive" in found:
         names = "loss", "temporary_bytes", "compile_seconds", "flops"
         others["naive"] = {key: found["naive"][key] for key in names}
     for kind, answer in others.items():

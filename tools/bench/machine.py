@@ -7,6 +7,7 @@ sheets promise more than any program gets.
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -73,8 +74,23 @@ def _cpu_name() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or "CPU"
 
 
+def memory_lacked(error: Exception) -> str:
+    """What was too large for the device's memory; "" for an error of another kind.
+
+    XLA tells it under several names: where its tuning of kernels found no room, as NOT_FOUND.
+    """
+    text = str(error)
+    if not re.search("RESOURCE_EXHAUSTED|out of memory", text, re.IGNORECASE):
+        return ""
+    told = re.search(r"allocat(?:e|ing) (\d[\d.]* ?(?:[KMGT]?i?B|bytes))", text)
+    return f"an allocation of {told[1]} failed" if told else "the device's memory is too small"
+
+
 def peak_bytes() -> int:
-    """The most that this process held so far: of the device's memory, else of the host's."""
+    """The most that this process held so far: of the device's memory, else of the host's.
+
+    It never falls, so where a process measures several things it belongs to the first.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -64,18 +64,20 @@ def shape(name: str) -> ModelConfig | None:
     return dataclasses.replace(found, num_layers=int(layers)) if layers else found
 
 
-def load(name: str, held: Any, dtype: Any) -> tuple[ModelConfig, model.Params]:
+def load(
+    name: str, held: Any, dtype: Any, attention: str = "auto"
+) -> tuple[ModelConfig, model.Params]:
     """A shape of SHAPES with random weights, or what `model.path` of a run may name.
 
-    held: dtype of the weights. dtype: of computation, for which attention is chosen as in a run.
+    held: dtype of the weights. dtype: of computation. attention: as `model.attention` of a run.
     """
     mesh, files = single_device_mesh(), None
     config = shape(name)
     if config is None:
         files = find_model(name).files
         config = read_config(files)
-    attention, _ = choose_for("auto", config, dtype, mesh.devices.flat[0])
-    config = dataclasses.replace(config, attention=attention)
+    chosen, _ = choose_for(attention, config, dtype, mesh.devices.flat[0])
+    config = dataclasses.replace(config, attention=chosen)
     if files is None:
         return config, model.init_params(config, jax.random.key(0), mesh, jnp.dtype(held))
     return config, weights.load_params(files, config, mesh, jnp.dtype(held))

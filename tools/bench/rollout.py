@@ -47,8 +47,8 @@ class Workload:
 class Ours:
     """The sampler of this project, ready to run a workload again and again."""
 
-    def __init__(self, name: str, dtype: str, engine: EngineConfig):
-        self.config, params = models.load(name, dtype, dtype)
+    def __init__(self, name: str, dtype: str, engine: EngineConfig, attention: str):
+        self.config, params = models.load(name, dtype, dtype, attention)
         mesh = single_device_mesh()
         self.num_parameters = models.num_parameters(params)
         self.weights = rollout_weights(params, self.config, mesh, jnp.dtype(dtype))
@@ -72,16 +72,21 @@ def run(
     workload: Workload,
     repeats: int,
     peers: list[Peer],
+    attention: str = "auto",
 ) -> dict[str, Any]:
-    """Tokens/s of the workload, and of each peer on the same one, interleaved."""
-    ours = Ours(name, dtype, engine)
+    """Tokens/s of the workload, and of each peer on the same one, interleaved.
+
+    weights_fraction_of_bytes: the reading of all weights in every decode step, over what the device
+    copies in that time. Reading the cache is left out.
+    """
+    ours = Ours(name, dtype, engine, attention)
     prompts, lengths = workload.draw(ours.config.vocab_size)
     roofs = machine.roofline(jnp.dtype(dtype))
     compiled = Compilations()
     first = machine.timed(lambda: ours.run(prompts, lengths))
     compilations, compile_seconds = compiled.count, compiled.seconds
     answers = [
-        peer.prepare(
+        peer.warm_up(
             {
                 "kind": "rollout",
                 "model": str(models.folder(name)),
@@ -115,6 +120,7 @@ def run(
         "dtype": dtype,
         "workload": dataclasses.asdict(workload),
         "engine": dataclasses.asdict(engine),
+        "attention": ours.config.attention,
         **machine.describe(),
         **roofs,
         "tokens": tokens,
@@ -125,7 +131,7 @@ def run(
         "rows_in_use": tokens / slots,
         "prefill_tokens": prefilled,
         "fraction_of_flops": flops / seconds / roofs["flops_per_second"],
-        "fraction_of_bytes": read / seconds / roofs["bytes_per_second"],
+        "weights_fraction_of_bytes": read / seconds / roofs["bytes_per_second"],
         "first_run_seconds": first,
         "compilations": compilations,
         "compile_seconds": compile_seconds,

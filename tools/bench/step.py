@@ -42,13 +42,14 @@ def run(
     config: DistillConfig,
     workload: Workload,
     repeats: int,
+    attention: str = "auto",
 ) -> dict[str, Any]:
     """Seconds of each phase of a step, and tokens/s over all of them.
 
     idle: of rollout and batch, while the device waited for the host.
     """
     mesh, kind = single_device_mesh(), jnp.dtype(dtype)
-    of, params = models.load(name, "float32", dtype)
+    of, params = models.load(name, "float32", dtype, attention)
     optimizer = OptimizerConfig(learning_rate=1e-6)
     state = init_state(params, of, make_optimizer(optimizer, of), mesh, ema=False)
     update = make_train_step(of, optimizer, config, mesh, kind)
@@ -111,6 +112,7 @@ def run(
         "workload": dataclasses.asdict(workload),
         "engine": dataclasses.asdict(engine),
         "config": dataclasses.asdict(config),
+        "attention": of.attention,
         **machine.describe(),
         "seconds": seconds,
         "all_seconds": totals,

@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,12 @@ class Peer:
 
     python: the interpreter of its environment, ours by default. Its idle threads sleep rather than
     spin (OMP_WAIT_POLICY, unless set already), so that it can be kept while others are measured.
+    variables: of its environment, in place of ours.
     """
 
-    def __init__(self, name: str, python: str | None = None):
+    def __init__(
+        self, name: str, python: str | None = None, variables: Mapping[str, str] | None = None
+    ):
         self.name, self.python = name, python or sys.executable
         if complaint := available(name, self.python):
             raise PeerError(complaint)
@@ -117,7 +121,12 @@ class Peer:
             stderr=self._errors,
             text=True,
             cwd=REPOSITORY,
-            env={"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **os.environ},
+            env={
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "PYTHONUNBUFFERED": "1",
+                **os.environ,
+                **(variables or {}),
+            },
         )
 
     def __enter__(self) -> Peer:
@@ -131,6 +140,14 @@ class Peer:
     def prepare(self, workload: dict[str, Any]) -> dict[str, Any]:
         """Loads the model and finds the best setting: {"library", "version", "setting"}."""
         return self._ask("prepare", workload=workload)
+
+    def warm_up(self, workload: dict[str, Any]) -> dict[str, Any]:
+        """prepare, then the work once before any that counts, as ours has its first run.
+
+        A calibration does not do for that: it measures few steps of one batch, whose shapes a
+        library with a static cache compiles for anew.
+        """
+        return {**self.prepare(workload), "first_run_seconds": self.run()["seconds"]}
 
     def run(self) -> dict[str, Any]:
         """Does the work once: {"seconds", "tokens"}, and what the peer adds."""
