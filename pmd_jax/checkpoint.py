@@ -1,13 +1,13 @@
 """Policy, optimizer, EMA teacher, bank and data position, saved as one.
 
     checkpoints/<step>/state/ bank/ run/   one save; run holds the data position too
-    checkpoints/<step>/digests.json        size and CRC-32 of each of its files
+    checkpoints/<step>/digests.json        size and CRC-32 of its files, those of the bank aside
     checkpoints/<step>.damaged/            one that was set aside, since it could not be read
 
 Orbax writes each step into a folder under a temporary name and renames it when all parts are
 there; a save that was cut short never counts. Training goes on while files are written: a save
 copies the arrays to the host, and waits for the save before it. The bank rides along as its own
-JSON Lines files. Restoring needs every part, as it was written: a step of which anything is missing
+JSON Lines files, which know their own sha256 and are linked from save to save. Restoring needs every part, as it was written: a step of which anything is missing
 or changed is set aside under another name, and the one before it is taken.
 
 Of several processes each writes its own shards, on a file system that all of them see; process 0
@@ -279,9 +279,10 @@ def find_damage(folder: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All that counts: Orbax's own note on the step changes when the step gets its name."""
+    """All but the bank's, and Orbax's own note, which changes when the step gets its name."""
     notes = folder / DIGESTS, folder / "_CHECKPOINT_METADATA"
-    return (f for f in sorted(folder.rglob("*")) if f.is_file() and f not in notes)
+    parts = (f for f in sorted(folder.rglob("*")) if f.is_file() and f not in notes)
+    return (f for f in parts if BANK not in f.relative_to(folder).parts)
 
 
 def _digest(file: Path) -> tuple[int, int]:
