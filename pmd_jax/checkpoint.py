@@ -7,8 +7,10 @@
 Orbax writes each step into a folder under a temporary name and renames it when all parts are
 there; a save that was cut short never counts. Training goes on while files are written: a save
 copies the arrays to the host, and waits for the save before it. The bank rides along as its own
-JSON Lines files, which know their own sha256 and are linked from save to save. Restoring needs every part, as it was written: a step of which anything is missing
-or changed is set aside under another name, and the one before it is taken.
+JSON Lines files, which know their own sha256 and are linked from save to save.
+
+Restoring needs every part, as it was written: a step of which anything is missing or changed is set
+aside under another name, and the one before it is taken.
 
 Of several processes each writes its own shards, on a file system that all of them see; process 0
 writes all else.

@@ -115,26 +115,30 @@ def is_saving(run: Path) -> bool:
 
 
 def waits(run: Path, in_save: bool, after: int, rng: random.Random) -> Iterator[float]:
-    """Pauses until the moment of a kill: after a step beyond `after`, the save that the run began
-    from, or within a save, but not the first: with it, nothing would ever be saved."""
-    while steps_logged(run) <= after:
-        yield 0.05
+    """Pauses until the moment of a kill: some time after a number of steps, or in the next save."""
+    while steps_logged(run) < after:
+        yield 0.02
     if in_save:
-        while steps_saved(run) <= after or not is_saving(run):
+        while not is_saving(run):
             yield 0.002
         yield rng.uniform(0, 0.15)
     else:
-        yield rng.uniform(0, 3.0)
+        yield rng.uniform(0, 1.0)
 
 
 def kill_once(
-    command: Sequence[str], run: Path, in_save: bool, rng: random.Random, args: argparse.Namespace
+    command: Sequence[str],
+    run: Path,
+    in_save: bool,
+    most_steps: int,
+    rng: random.Random,
+    args: argparse.Namespace,
 ) -> Kill | None:
-    """Starts the run where it is, and kills it; None when it came to its end before that."""
+    """Starts the run where it is, and kills it after up to `most_steps`; None when it was over."""
     running = start(command, args.processes, args.output / "killed.log")
-    before = steps_saved(run)
+    after = steps_saved(run) + rng.randint(1, most_steps)
     try:
-        for pause in waits(run, in_save, before, rng):
+        for pause in waits(run, in_save, after, rng):
             time.sleep(pause)
             if not are_going(running):
                 return None
@@ -250,10 +254,11 @@ def soak(command: Sequence[str], args: argparse.Namespace) -> int:
         finish(runs[whole], args, "whole.log")
     rng = random.Random(args.seed)
     kills: list[Kill] = []
+    most_steps = max(2 * steps_logged(whole) // args.kills, 2)
     while len(kills) < args.kills:
         wanted = args.in_save - sum(k.in_save for k in kills)
         in_save = rng.random() < 1.5 * wanted / (args.kills - len(kills))
-        one = kill_once(runs[killed], killed, in_save, rng, args)
+        one = kill_once(runs[killed], killed, in_save, most_steps, rng, args)
         if one is None:
             print(f"the run was over after {len(kills)} kills; give it more steps")
             break
