@@ -37,6 +37,7 @@ from pmd_jax.rollout import RolloutConfig
 from pmd_jax.tasks.task import TaskConfig
 from tools import account, plan
 from tools.flops import product_flops
+from tools.work import Work, abstract_mesh
 
 QWEN = dataclasses.replace(CONFIG, family="qwen3", qk_norm="head", tied_head=False)
 MIDDLE = dataclasses.replace(
@@ -79,7 +80,7 @@ def work(
         distill=DistillConfig(bucket_tokens=16, **distill),
         engine=engine or EngineConfig(),
     )
-    made = account.Work(settings, config, account.abstract_mesh(settings.mesh, math.prod(mesh)), p)
+    made = Work(settings, config, abstract_mesh(settings.mesh, math.prod(mesh)), p)
     assert made.sizes == (p, s, q, g, t)
     return made
 

@@ -18,198 +18,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import errors
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
-from pmd_jax.config import RunConfig
-from pmd_jax.distill.batch import DistillBatch, DistillGroup, build_batch
-from pmd_jax.distill.objectives import check_micro_batch, chunk_length
+from pmd_jax.distill.objectives import chunk_length
 from pmd_jax.distill.update import TrainState, make_optimizer
 from pmd_jax.policy import cache
 from pmd_jax.policy.attention import causal_blocks
-from pmd_jax.policy.families import Attention, ModelConfig, read_config, weight_table
+from pmd_jax.policy.families import Attention, ModelConfig, weight_table
 from pmd_jax.policy.model import Params, dual_hidden, stacked_axes, stacked_shape, tree_of
-from pmd_jax.policy.policy import find_model
-from pmd_jax.policy.sampler import bucket
 from pmd_jax.policy.scheduler import Shape, power_of_two, shape_for
-from pmd_jax.policy.sharding import (
-    MESH_AXES,
-    MeshConfig,
-    batch_shards,
-    check_divides,
-    mesh_sizes,
-    single_device_mesh,
-    spec,
-)
-from pmd_jax.records import Rollout
-
-F32 = jnp.dtype("float32")
-
-
-# --- what is planned ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The settings of a run, its model's numbers, a mesh without devices and assumed lengths."""
-
-    config: RunConfig
-    model: ModelConfig
-    mesh: AbstractMesh
-    prompt_tokens: int = 1024
-    teacher_tokens: int = 0
-    response_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        check_divides(self.model, self.mesh)
-        defaults = {
-            "teacher_tokens": self.config.teacher.max_prompt_tokens,
-            "response_tokens": self.config.rollout.max_new_tokens,
-        }
-        for name, value in defaults.items():
-            object.__setattr__(self, name, getattr(self, name) or value)
-        for name in ("prompt_tokens", *defaults):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag}: must be at least 1; got {getattr(self, name)}")
-        check_micro_batch(self.config.distill, self.shards)
-        if self.response_tokens > self.config.rollout.max_new_tokens:
-            raise ValueError(
-                f"--response-tokens: must be at most rollout.max_new_tokens, "
-                f"{self.config.rollout.max_new_tokens}; got {self.response_tokens}"
-            )
-        longest = max(self.prompt_tokens, self.teacher_tokens) + self.response_tokens
-        if longest > self.model.max_positions:
-            raise ValueError(
-                f"--prompt-tokens and --teacher-tokens: with a response must fit the model's "
-                f"{self.model.max_positions} positions; got {longest}; shorten one of them"
-            )
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.config.model.dtype)
-
-    @property
-    def shards(self) -> int:
-        return batch_shards(self.mesh)
-
-    @property
-    def ema(self) -> bool:
-        return self.config.distill.teacher == "ema"
-
-    @property
-    def groups(self) -> int:
-        """Of a step, those included that pad it to the mesh."""
-        return -(-self.config.rollout.problems_per_step // self.shards) * self.shards
-
-    @property
-    def micro_groups(self) -> int:
-        """Of one micro-batch, or of the largest batch of a step, on all devices."""
-        config = self.config.distill
-        batches = -(-self.groups // (self.shards * config.length_buckets)) * self.shards
-        return config.micro_batch or batches
-
-    @property
-    def slice(self) -> ModelConfig:
-        """The model as one device computes it: its share of heads, MLP and vocabulary."""
-        ways, model = self.mesh.shape["tensor"], self.model
-        return dataclasses.replace(
-            model,
-            num_heads=model.num_heads // ways,
-            num_kv_heads=model.num_kv_heads // ways,
-            mlp_width=model.mlp_width // ways,
-            vocab_size=model.vocab_size // ways,
-        )
-
-    @property
-    def own_tokens(self) -> int:
-        """The most tokens at a teacher prompt's end that its siblings lack (memory/teacher.py).
-
-        Feedback, a closing line and the template's end; 0 where no rollout is told feedback.
-        """
-        config = self.config.teacher
-        if "feedback" not in config.sources or not self.config.task.feedback:
-            return 0
-        after = 64 if config.layout == "user" else self.prompt_tokens
-        both = "sibling" in config.sources and not config.feedback_only_without_sibling
-        own = config.feedback_tokens + after + (config.sibling_tokens if both else 0)
-        return min(own, self.teacher_tokens - 1)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """P, S, Q, G, T of its groups."""
-        one = self.group
-        return one.student_prompt.shape[2], *one.teacher_prompt.shape[1:], *one.response.shape[1:]
-
-    @property
-    def suffix(self) -> int:
-        """U of its groups."""
-        return self.group.suffix.shape[2]
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """Of the sampler's cache: those of a prompt, and those of a ring that is full-grown."""
-        return bucket(self.prompt_tokens, 64), bucket(self.config.rollout.max_new_tokens, 16)
-
-    @functools.cached_property
-    def group(self) -> DistillBatch:
-        """One group, padded as the run would pad it beside groups of the other kind.
-
-        One kind is shown a sibling's solution, all of them that of one and this one another's; in
-        the other, each rollout is told its own feedback.
-        """
-        shown = 2 if "sibling" in self.config.teacher.sources else 1
-        response = np.zeros(self.response_tokens)
-        rollouts = [
-            Rollout("", 0, g, "", response.astype(np.int32), response.astype(np.float32), "length")
-            for g in range(self.config.rollout.rollouts_per_problem)
-        ]
-        kinds = [[(g % shown, *[0] * (self.teacher_tokens - 1)) for g in range(len(rollouts))]]
-        if own := self.own_tokens:
-            alike = [0] * (self.teacher_tokens - own)
-            kinds.append([(*alike, *[g] * own) for g in range(len(rollouts))])
-        groups = [
-            DistillGroup([0] * self.prompt_tokens, teachers, [True] * len(rollouts), rollouts)
-            for teachers in kinds
-        ]
-        batch = build_batch(groups, bucket_tokens=self.config.distill.bucket_tokens)
-        return DistillBatch(*(x[:1] for x in batch))
-
-
-def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """The mesh that `make_mesh` would give on `num_devices`, without them."""
-    return AbstractMesh(mesh_sizes(config, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def read_model(path: str) -> ModelConfig:
-    """The model's numbers. Of a hub id config.json is fetched, and nothing else.
-
-    Raises ValueError or RuntimeError, on one line, for a model that is missing or unknown.
-    """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).exists():
-        return read_config(find_model(path).files)
-    huggingface_hub.logging.set_verbosity_error()  # it tells of each of its retries, twice
-    try:
-        file = huggingface_hub.hf_hub_download(path, "config.json")
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise RuntimeError(
-            f"{path}: its config.json could not be fetched from the hub ({said}); check the id and "
-            f"the network, or set model.path to a folder that holds the file"
-        ) from None
-    return read_config(Path(file).parent)
-
-
-# --- bytes --------------------------------------------------------------------------------------
+from pmd_jax.policy.sharding import MeshConfig, single_device_mesh, spec
+from tools.work import F32, Work, abstract_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,13 +88,27 @@ def held_state(work: Work) -> TrainState:
     return jax.eval_shape(build, held_params(work.model, work.mesh, F32))
 
 
+def whole_params(work: Work) -> Params:
+    """The parameters in the dtype of computation, cut over `tensor` alone, as shapes."""
+    whole = abstract_mesh(MeshConfig(1, 1, work.tensor), work.tensor)
+    return held_params(work.model, whole, work.dtype)
+
+
 def held_copy(work: Work) -> list[Any]:
     """What sampling adds to the weights, as shapes: whole over fsdp (programs.rollout_weights)."""
-    mesh = work.mesh.shape
-    whole = abstract_mesh(MeshConfig(1, 1, mesh["tensor"]), mesh["tensor"])
-    params = held_params(work.model, whole, work.dtype)
+    params = whole_params(work)
     top = [leaf for name, leaf in params.items() if name in ("embed", "head")]
-    return [params["layers"], *(top if work.dtype != F32 or mesh["fsdp"] > 1 else [])]
+    new = work.dtype != work.held or work.mesh.shape["fsdp"] > 1
+    return [params["layers"], *(top if new else [])]
+
+
+def held_view(work: Work) -> Params:
+    """The parameters once more, cut over the devices of one of several processes, as shapes.
+
+    Prefill reads them; the sampler's copy is made of them (programs.LocalView).
+    """
+    cast = held_params(work.model, work.local.mesh, work.dtype)
+    return cast | {"final_norm": jax.ShapeDtypeStruct(cast["final_norm"].shape, F32)}
 
 
 def held_cache(work: Work, shape: Shape, columns: int = 0) -> Any:
@@ -285,9 +124,9 @@ def held_cache(work: Work, shape: Shape, columns: int = 0) -> Any:
 
 
 def slots_of(work: Work, max_rows: int) -> Shape:
-    """The tables in which the sampler puts the rollouts of a step."""
-    rollout = work.config.rollout
-    return shape_for(rollout.problems_per_step, rollout.rollouts_per_problem, max_rows, work.shards)
+    """The tables in which the sampler of one process (`work.local`) puts its rollouts."""
+    samples = work.config.rollout.rollouts_per_problem
+    return shape_for(work.problems, samples, max_rows, work.shards)
 
 
 def state_lines(work: Work) -> tuple[Line, ...]:
@@ -399,7 +238,7 @@ def forward_bytes(work: Work, side: Side) -> int:
 def cast_bytes(work: Work) -> int:
     """All layers in the dtype of computation: XLA casts them before a scan, not inside."""
     layers = held_params(work.model, work.mesh, work.dtype)["layers"]
-    return num_bytes(layers) if work.dtype != F32 else 0
+    return num_bytes(layers) if work.dtype != work.held else 0
 
 
 def gathered_bytes(work: Work, dtype: Any) -> int:
@@ -412,7 +251,7 @@ def prefill_bytes(work: Work, shape: Shape) -> int:
     """The working set of one prefill, whose prompts may all be those of one shard."""
     model, (prompt, _) = work.slice, work.columns
     most = max(work.config.engine.prefill_tokens // prompt, 1)
-    loads = min(work.config.rollout.problems_per_step, shape.shards * shape.slots)
+    loads = min(work.problems, shape.shards * shape.slots)
     prompts = min(power_of_two(min(most, loads) + 1) // 2, power_of_two(shape.slots))
     new = 2 * model.num_layers * model.num_kv_heads * model.head_dim * work.dtype.itemsize
     pairs = prompts * row_pairs(work.model.attention, prompt), prompts * block_pairs(prompt)
@@ -439,21 +278,25 @@ def decoding_bytes(work: Work, shape: Shape) -> int:
 def sampling(work: Work, max_rows: int) -> Phase:
     """The rollouts of a step: the state, the sampler's copy of the weights, and its cache.
 
-    The ring is full-grown in all moments; while it grows, one layer of it exists twice.
+    max_rows: of one process. Of several, each also holds the parameters once more, cut over its own
+    devices. The ring is full-grown in all moments; while it grows, one layer of it exists twice.
     """
-    shape = slots_of(work, max_rows)
+    own = work.local
+    shape = slots_of(own, max_rows)
     moments = {
-        "prefill": prefill_bytes(work, shape),
-        "decoding": decoding_bytes(work, shape),
+        "prefill": prefill_bytes(own, shape),
+        "decoding": decoding_bytes(own, shape),
     }
     fullest = max(moments, key=lambda name: moments[name])
-    cached = num_bytes(held_cache(work, shape))
+    cached = num_bytes(held_cache(own, shape))
     rows, prompts = shape.shards * shape.rows, shape.shards * shape.slots
+    view = Line("weights of this process, cut", num_bytes(held_view(work)))
     return Phase(
         fullest,
         (
             *state_lines(work),
-            Line("the sampler's copy of the weights", num_bytes(held_copy(work))),
+            *([view] if work.processes > 1 else []),
+            Line("the sampler's copy of the weights", num_bytes(held_copy(own))),
             Line(f"key-value cache of {rows} rows, {prompts} prompts", cached),
             Line(f"working set of {fullest}", moments[fullest], exact=False),
         ),

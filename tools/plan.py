@@ -2,14 +2,23 @@
 
     python -m tools.plan --config configs/sciknoweval.py:chemistry --devices 8 --memory 80 \\
         --config.mesh.tensor=2
+    python -m tools.plan --config configs/sciknoweval.py:chemistry --devices 16 --chip v5e \\
+        --config.mesh.tensor=4
 
 --devices N           devices of the mesh that config.mesh describes (default 8)
+--chip NAME           v5e, v5p, v6e or h100 (roofline.CHIPS): its platform, memory, peak and
+                      bandwidths, processes after its hosts, and the seconds of a step. A device is
+                      a chip: v5e-16 has 16 and v6e-8 has 8, but v5p-8 has 4 and v5p-64 has 32
+--processes N         to which the devices belong, each samples with its own (default 1)
 --platform NAME       of the devices, gpu, tpu or cpu: auto attention goes by it (default gpu, H100)
 --memory GB           of one device, 10^9 bytes each (default 80); 16, 32, 80 and 95 are told too
 --prompt-tokens N     length of the student's prompts (default 1024)
 --teacher-tokens N    of the teacher's (default: teacher.max_prompt_tokens, the most there can be)
 --response-tokens N   of the responses distilled (default: rollout.max_new_tokens, likewise)
 --peak-tflops X       of one device: adds seconds, at --mfu of it (default 0.4)
+--hbm GB/s            bandwidth of one device's memory, used to --mbu of it (default 0.5)
+--link GB/s           what one device takes in from the others
+--network Gbit/s      what one host takes in from other hosts (default 25)
 --json                one JSON object instead of tables
 
 Only config.json of the model is read; no weights, and no device but the CPU. The command line of a
@@ -19,7 +28,8 @@ Every line says whether its bytes are counted or estimated (account.py). All FLO
 matrix products; attention counts masked scores where plain XLA computes them, and for kernels what
 causality shows, windows left aside, with what they compute again in their backward pass. Decoding
 counts what its program computes with every row in use and the ring full-grown: every place of the
-table of members reads its prompt, and there are more of them than rows.
+table of members reads its prompt, and there are more of them than rows. The seconds of a step are
+estimates by the formulas of roofline.py, in which the ring grows as it would.
 """
 
 from __future__ import annotations
@@ -41,22 +51,10 @@ from pmd_jax.config import RunConfig
 from pmd_jax.policy.families import ModelConfig, weight_table
 from pmd_jax.policy.kernels import choose_attention
 from pmd_jax.policy.model import stacked_shape
-from tools.account import (
-    Phase,
-    Work,
-    abstract_mesh,
-    read_model,
-    row_pairs,
-    sampling,
-    scores_bytes,
-    sides,
-    slots_of,
-    training,
-)
+from tools.account import Phase, sampling, scores_bytes, sides, training
+from tools.roofline import CHIPS, Rates, flops, step_parts
+from tools.work import Work, abstract_mesh, read_model
 
-BACKWARD = {"xla": 4, "cudnn": 5, "splash": 7}
-"""Products of scores in attention's backward pass, of which there are two forward. cuDNN computes
-the scores again; splash does so twice, and their gradients as well."""
 BUDGETS = (16, 32, 80, 95)  # GB of a device: v5e, v6e, H100, v5p
 
 
@@ -79,9 +77,8 @@ def micro_batches(work: Work) -> dict[int, int]:
 
 
 def row_counts(work: Work) -> dict[int, int]:
-    """{engine.max_rows: bytes of the sampling phase}, up to all rollouts of a step at once."""
-    rollout = work.config.rollout
-    rollouts, problems = rollout.rollouts_per_problem, rollout.problems_per_step
+    """{engine.max_rows: bytes of the sampling phase}, up to all rollouts of a process at once."""
+    rollouts, problems = work.config.rollout.rollouts_per_problem, work.local.problems
     counts = [*range(1, rollouts), *(n * rollouts for n in range(1, problems + 1))]
     return {rows: sampling(work, rows).bytes for rows in counts}
 
@@ -90,68 +87,57 @@ def largest(sizes: Mapping[int, int], gigabytes: float) -> int | None:
     return max((n for n, size in sizes.items() if size <= gigabytes * 1e9), default=None)
 
 
-# --- FLOPs --------------------------------------------------------------------------------------
-
-
-def flops(work: Work) -> dict[str, int]:
-    """Of one step on all devices, by part: two for each multiplication of a matrix product."""
-    model, config = work.model, work.config
-    *_, g, t = work.sizes
-    matrices = {
-        w.path[1]: math.prod(w.shape) for w in weight_table(model) if w.stacked and len(w.shape) > 1
-    }
-    per_token = 2 * model.num_layers * sum(matrices.values())
-    per_pair = 4 * model.num_layers * model.num_heads * model.head_dim  # q with k, then with v
-    per_logits = 2 * model.width * model.vocab_size
-    student, teacher = sides(work, work.groups)
-    attended = per_pair * student.pairs
-    own = per_token * student.tokens + attended
-    backward = 2 * per_token * student.tokens + BACKWARD[model.attention] * attended // 2
-    again = own
-    if model.norms == "before":  # nothing reads the layer's last product again
-        again -= 2 * model.num_layers * matrices["down"] * student.tokens
-    if config.distill.remat == "context":
-        again -= attended // 2 if model.attention == "xla" else attended
-    prompt, ring = work.columns
-    before = row_pairs(model.attention, prompt)
-    problems = config.rollout.problems_per_step
-    sampled = problems * g * work.response_tokens
-    shape = slots_of(work, config.engine.max_rows)
-    places = shape.slots * shape.members
-    return {
-        "rollout: prefill": problems * (per_token * prompt + per_pair * before),
-        "rollout: decode": sampled * (per_token + per_pair * ring)
-        + sampled * places * per_pair * prompt // shape.rows,
-        "rollout: output head": sampled * per_logits,
-        "distill: student forward": own,
-        "distill: student backward": backward,
-        "distill: student recomputed": 0 if config.distill.remat == "none" else again,
-        "distill: teacher forward": per_token * teacher.tokens + per_pair * teacher.pairs,
-        "distill: output head, both ways": 4 * per_logits * work.groups * g * t,
-    }
-
-
 # --- the answer ---------------------------------------------------------------------------------
 
 
 def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this tool, and what is left of the command line."""
+    """The options of this tool, and what is left of the command line. A chip fills in the rest."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--platform", choices=("gpu", "tpu", "cpu"), default="gpu")
-    parser.add_argument("--memory", type=float, default=80)
+    parser.add_argument("--chip", choices=sorted(CHIPS))
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--platform", choices=("gpu", "tpu", "cpu"))
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--teacher-tokens", type=int, default=0)
     parser.add_argument("--response-tokens", type=int, default=0)
-    parser.add_argument("--peak-tflops", type=float)
-    parser.add_argument("--mfu", type=float, default=0.4)
+    above = {"memory": None, "peak-tflops": None, "hbm": None, "link": None}
+    for name, default in {**above, "mfu": 0.4, "mbu": 0.5, "network": 25.0}.items():
+        parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(argv)
-    for name in ("memory", "mfu", "peak_tflops"):
-        value = getattr(options, name)
+    for name in (*above, "mfu", "mbu", "network"):
+        value = getattr(options, name.replace("-", "_"))
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: must be above 0; got {value}")
-    return options, rest
+            raise ValueError(f"--{name}: must be above 0; got {value}")
+    return with_chip(options), rest
+
+
+def with_chip(options: argparse.Namespace) -> argparse.Namespace:
+    """What the command line leaves out, from the chip or by default.
+
+    Raises ValueError for devices beyond the chip's link.
+    """
+    filled: dict[str, Any] = {"platform": "gpu", "memory": 80.0, "processes": 1}
+    if options.chip:
+        chip = CHIPS[options.chip]
+        if chip.one_host and options.devices > chip.per_process and options.link is None:
+            raise ValueError(
+                f"--devices: must be at most {chip.per_process} with --chip {options.chip}, whose "
+                f"link ends with its host; got {options.devices}; give --link, the GB/s that a "
+                "device has of its host's network"
+            )
+        filled |= {
+            "platform": chip.platform,
+            "memory": chip.memory,
+            "processes": max(options.devices // chip.per_process, 1),
+            "peak_tflops": chip.tflops,
+            "hbm": chip.hbm,
+            "link": chip.link,
+        }
+    for name, value in filled.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def with_attention(model: ModelConfig, config: RunConfig, platform: str) -> tuple[ModelConfig, str]:
@@ -187,6 +173,7 @@ def answer(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         "model": {"path": work.config.model.path, **dataclasses.asdict(work.model)},
         "parameters": parameters(work.model),
         "mesh": dict(work.mesh.shape),
+        "processes": work.processes,
         "assumed": {
             "prompt_tokens": work.prompt_tokens,
             "teacher_tokens": work.teacher_tokens,
@@ -216,7 +203,27 @@ def answer(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         rate = options.peak_tflops * 1e12 * options.mfu * math.prod(work.mesh.shape.values())
         told["seconds"] = {name: count / rate for name, count in told["flops"].items()}
         told["seconds_assume"] = {"peak_tflops": options.peak_tflops, "mfu": options.mfu}
+    if options.peak_tflops and options.hbm and options.link:
+        told["step"] = step(work, options)
     return told
+
+
+def step(work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    """The seconds of a step, all estimated, and the rates that they assume."""
+    names = "chip", "peak_tflops", "mfu", "hbm", "mbu", "link", "network"
+    rates = Rates(
+        options.peak_tflops * 1e12 * options.mfu,
+        options.hbm * 1e9 * options.mbu,
+        options.link * 1e9,
+        options.network * 1e9 / 8,
+    )
+    parts = step_parts(work, rates)
+    return {
+        "assumed": {name: getattr(options, name) for name in names},
+        "parts": [dataclasses.asdict(part) for part in parts],
+        "seconds": sum(part.seconds for part in parts),
+        "received": sum(part.received for part in parts),
+    }
 
 
 def show(told: Mapping[str, Any], console: Console) -> None:
@@ -230,7 +237,9 @@ def show(told: Mapping[str, Any], console: Console) -> None:
         f"{sum(sizes.values()) / 1e9:.3f} billion: {sizes['body'] / 1e9:.3f} body, "
         f"{sizes['embedding'] / 1e9:.3f} embedding, {head}",
     )
-    about.add_row("mesh", " x ".join(f"{name} {size}" for name, size in told["mesh"].items()))
+    mesh = " x ".join(f"{name} {size}" for name, size in told["mesh"].items())
+    several = f", {told['processes']} processes" if told["processes"] > 1 else ""
+    about.add_row("mesh", mesh + several)
     rollouts = f"{told['problems_per_step']} problems x {told['rollouts_per_problem']} rollouts"
     about.add_row("a step", rollouts)
     own = assumed["teacher_tokens_of_each_rollout"]
@@ -255,6 +264,8 @@ def show(told: Mapping[str, Any], console: Console) -> None:
         console.print(memory_table(name, told[name], told["memory_gigabytes"]))
     console.print(fits_table(told))
     console.print(flops_table(told))
+    if "step" in told:
+        console.print(step_table(told["step"]))
 
 
 def memory_table(name: str, phase: Mapping[str, Any], gigabytes: float) -> Table:
@@ -272,8 +283,10 @@ def memory_table(name: str, phase: Mapping[str, Any], gigabytes: float) -> Table
 
 def fits_table(told: Mapping[str, Any]) -> Table:
     problems = told["problems_per_step"]
-    rollouts = problems * told["rollouts_per_problem"]
-    table = Table(title="the largest that fits in a device's memory", title_justify="left")
+    rollouts = -(-problems // told["processes"]) * told["rollouts_per_problem"]
+    title = "the largest that fits in a device's memory"
+    title += "; max_rows of each process" if told["processes"] > 1 else ""
+    table = Table(title=title, title_justify="left")
     for name in ("GB", "engine.max_rows", "distill.micro_batch"):
         table.add_column(name, justify="right")
     for row in told["fits"]:
@@ -308,6 +321,26 @@ def flops_table(told: Mapping[str, Any]) -> Table:
     return table
 
 
+def step_table(told: Mapping[str, Any]) -> Table:
+    """The parts of a step, which follow one another."""
+    rates = told["assumed"]
+    title = (
+        f"a step, estimated: {rates['mfu']:g} of {rates['peak_tflops']:g} TFLOP/s, "
+        f"{rates['mbu']:g} of {rates['hbm']:g} GB/s,\n"
+        f"link {rates['link']:g} GB/s a device, network {rates['network']:g} Gbit/s a host"
+    )
+    table = Table("part", title=title, title_justify="left", show_footer=True)
+    table.columns[0].footer = "in all"
+    table.add_column("seconds", amount(told["seconds"]), justify="right")
+    table.add_column("GB taken in", amount(told["received"] / 1e9), justify="right")
+    table.add_column("bound by")
+    table.add_column("how known")
+    for part in told["parts"]:
+        received = amount(part["received"] / 1e9)
+        table.add_row(part["name"], amount(part["seconds"]), received, part["bound"], "estimated")
+    return table
+
+
 def amount(x: float) -> str:
     """Three digits at least, and no exponent for what is large."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
@@ -328,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.prompt_tokens,
             options.teacher_tokens,
             options.response_tokens,
+            options.processes,
         )
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
