@@ -130,7 +130,7 @@ def check_fit(
 
     shards: parts that the mesh cuts a batch into. Raises ValueError, on one line.
     """
-    check_micro_batch(config.distill, shards)
+    check_micro_batch(config.distill, shards, config.rollout.problems_per_step)
     longest = config.teacher.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > model.max_positions:
         raise ValueError(

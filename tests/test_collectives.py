@@ -416,10 +416,10 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_do(
 
 
 def test_a_micro_batch_that_the_mesh_does_not_divide_is_refused_and_a_step_is_filled_up():
-    message = refusal(check_micro_batch, DistillConfig(micro_batch=6), 4)
+    message = refusal(check_micro_batch, DistillConfig(micro_batch=6), 4, 24)
     assert "must be a multiple of the 4 parts that the mesh cuts a batch into" in message
-    assert message.endswith("or 0; got 6")
-    check_micro_batch(DistillConfig(micro_batch=8), 4)
-    check_micro_batch(DistillConfig(), 4)
+    assert message.endswith("got 6; sizes that work with 24 problems a step: 0, 4, 8, 12, 24")
+    check_micro_batch(DistillConfig(micro_batch=8), 4, 24)
+    check_micro_batch(DistillConfig(), 4, 24)
     batch = place(toy_batch(num_groups=5, multiple_of=4), eight_devices())
     assert ways(batch.response) == 4 and not batch.has_guidance[5:].any()

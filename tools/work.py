@@ -65,7 +65,7 @@ class Work:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag}: must be at least 1; got {getattr(self, name)}")
-        check_micro_batch(self.config.distill, self.shards)
+        check_micro_batch(self.config.distill, self.shards, self.config.rollout.problems_per_step)
         if self.response_tokens > self.config.rollout.max_new_tokens:
             raise ValueError(
                 f"--response-tokens: must be at most rollout.max_new_tokens, "

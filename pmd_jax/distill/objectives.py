@@ -87,12 +87,17 @@ class DistillConfig:
         return self.grpo if self.objective == "grpo" else self.divergence
 
 
-def check_micro_batch(config: DistillConfig, shards: int) -> None:
-    """Raises ValueError, on one line, where the mesh cannot cut a micro-batch into its parts."""
+def check_micro_batch(config: DistillConfig, shards: int, groups: int) -> None:
+    """Raises ValueError, on one line, where the mesh cannot cut a micro-batch into its parts.
+
+    groups: of a step, which a micro-batch divides.
+    """
     if config.micro_batch % shards:
+        fits = [str(m) for m in range(shards, groups + 1, shards) if groups % m == 0]
         raise ValueError(
             f"config.distill.micro_batch: must be a multiple of the {shards} parts that the mesh "
-            f"cuts a batch into (data x fsdp), or 0; got {config.micro_batch}"
+            f"cuts a batch into (data x fsdp); got {config.micro_batch}; sizes that work with "
+            f"{groups} problems a step: {', '.join(['0', *fits])}"
         )
 
 
