@@ -43,10 +43,18 @@ def model(tmp_path_factory):
     return write_model_folder(tmp_path_factory.mktemp("models") / "toy")
 
 
-@pytest.fixture(autouse=True)
-def scripted(monkeypatch):
-    monkeypatch.setattr(trainer, "make_generate", make_generate)
-    monkeypatch.setattr(trainer, "Grading", Grading)
+@pytest.fixture(scope="module", autouse=True)
+def scripted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_generate", make_generate)
+        patch.setattr(trainer, "Grading", Grading)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(model, scripted, tmp_path_factory):
+    """A run of four steps that nothing happened to."""
+    return run(model, tmp_path_factory.mktemp("whole"))
 
 
 def config_for(model, output, **changes) -> RunConfig:
@@ -156,14 +164,13 @@ def test_length_buckets_change_no_number_that_is_logged(model, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_what_is_cited_can_be_walked_back_to_the_rollout(model, tmp_path):
+def test_what_is_cited_can_be_walked_back_to_the_rollout(whole):
     """teacher prompt -> behavior -> insight -> experience, and its text is in the prompt."""
-    folder = run(model, tmp_path, steps=3)
-    bank = Bank.load(folder / "memory")
+    bank = Bank.load(whole / "memory")
     behaviors = {b.id: b for b in bank.behaviors}
     insights = {i.id: i for p in bank.problem_ids for i in bank.insights(p)}
-    rollouts = {row["rollout"] for row in lines(folder, "samples.jsonl")}
-    last = [row for row in lines(folder, "samples.jsonl") if row["step"] == 2]
+    rollouts = {row["rollout"] for row in lines(whole, "samples.jsonl")}
+    last = [row for row in lines(whole, "samples.jsonl") if row["step"] == 3]
     cited = [behaviors[name] for row in last for name in row["cited"] if name in behaviors]
     assert cited
     for row in last:
@@ -193,9 +200,8 @@ def test_student_prompts_are_the_same_bytes_with_a_full_bank_and_an_empty_one(mo
     [1, pytest.param(2, marks=pytest.mark.slow)],
     ids=["mid_epoch", "end_of_epoch"],
 )
-def test_killed_and_resumed_is_the_same_run(model, tmp_path, monkeypatch, killed_in):
+def test_killed_and_resumed_is_the_same_run(model, whole, tmp_path, monkeypatch, killed_in):
     """Killed within a step and resumed, an epoch being two steps: the same numbers and bank."""
-    whole = run(model, tmp_path / "whole")
     config = config_for(model, tmp_path / "killed")
     real, calls = trainer.Trainer.distill, []
 
@@ -239,17 +245,16 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("lifetime", ["step", "frozen"])
-def test_transient_and_frozen_memory_are_values(model, tmp_path, lifetime):
+def test_transient_and_frozen_memory_are_values(model, whole, tmp_path, lifetime):
     memory = MemoryConfig(lifetime=lifetime) if lifetime == "step" else None
     if memory is None:
-        first = run(model, tmp_path / "first")
-        memory = MemoryConfig(lifetime="frozen", path=str(first / "memory"))
+        memory = MemoryConfig(lifetime="frozen", path=str(whole / "memory"))
     folder = run(model, tmp_path, memory=memory)
     rows = lines(folder)
     if lifetime == "step":
         assert {row["memory/problems"] for row in rows} == {3}
     else:
-        digests = [Bank.load(f / "memory").records() for f in (first, folder)]
+        digests = [Bank.load(f / "memory").records() for f in (whole, folder)]
         assert digests[0]["insights"] == digests[1]["insights"]
         assert rows[0]["teacher/with_behavior"] > 0  # from the first step
 
@@ -329,9 +334,11 @@ def test_a_loss_that_is_nan_stops_with_its_batch_and_leaves_the_checkpoint(model
     assert "not finite: gradients of" in told and "not finite from token 0 on" in told
 
 
-def test_a_loss_beyond_its_limit_ends_the_run_and_is_computed_again_to_the_same(model, tmp_path):
+def test_a_loss_beyond_its_limit_ends_the_run_and_is_computed_again_to_the_same(
+    model, whole, tmp_path
+):
     """Seen at the second step; the replay is of one device, and of the run's own precision."""
-    first = lines(run(model, tmp_path / "free"))
+    first = lines(whole)
     limit = HealthConfig(max_loss=(first[0]["loss"] + first[1]["loss"]) / 2)
     with pytest.raises(NotFinite, match=r"step 0: the loss is .* tools\.replay"):
         run(model, tmp_path, health=limit)
@@ -368,10 +375,9 @@ def test_nothing_compiles_after_the_second_step(model, tmp_path):
 
 
 def test_sigterm_leaves_the_step_saves_the_one_before_and_loses_nothing(
-    model, tmp_path, monkeypatch, capsys
+    model, whole, tmp_path, monkeypatch, capsys
 ):
     """It comes while the second step reflects, when the bank has changed already."""
-    whole = run(model, tmp_path / "whole")
     config = config_for(model, tmp_path, checkpoint=CheckpointConfig(every=0))
     real = trainer.Trainer.reflect
 
@@ -391,8 +397,9 @@ def test_sigterm_leaves_the_step_saves_the_one_before_and_loses_nothing(
     assert Bank.load(outcome.folder / "memory").digest() == Bank.load(whole / "memory").digest()
 
 
-def test_a_run_whose_newest_step_is_damaged_goes_on_from_the_one_before(model, tmp_path, capsys):
-    whole = run(model, tmp_path / "whole")
+def test_a_run_whose_newest_step_is_damaged_goes_on_from_the_one_before(
+    model, whole, tmp_path, capsys
+):
     config = config_for(model, tmp_path, steps=2)
     folder = train(config).folder
     bank = folder / "checkpoints" / "2" / "bank" / "bank"
@@ -409,9 +416,9 @@ def test_a_run_whose_newest_step_is_damaged_goes_on_from_the_one_before(model, t
         train(dataclasses.replace(config, steps=5), resume=True)
 
 
-def test_a_run_goes_on_upon_another_mesh(model, tmp_path):
+@pytest.mark.slow
+def test_a_run_goes_on_upon_another_mesh(model, whole, tmp_path):
     """Data order and bank as if nothing had happened, losses but for rounding."""
-    whole = run(model, tmp_path / "whole")
     train(config_for(model, tmp_path, steps=2))
     folder = train(config_for(model, tmp_path, mesh=MeshConfig(fsdp=4, tensor=2)), True).folder
     assert Bank.load(folder / "memory").digest() == Bank.load(whole / "memory").digest()

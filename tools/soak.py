@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import random
 import signal
@@ -177,6 +178,7 @@ def state_of(run: Path) -> list[Any]:
     import numpy as np
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # a manager's step has no notes of its own
     folder = (run / "checkpoints" / str(steps_saved(run)) / "state").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata.tree
