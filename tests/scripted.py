@@ -1,10 +1,11 @@
 """A toy model solves nothing and writes noise: the doubles that grade for it and write for it.
 
-Also a program, `python tests/scripted.py FILE ...`, with the command line of an experiment: a
-process of a run that tests start, kill and stop.
+Also a program, with the command line of an experiment: a process of a run that tests start, kill
+and stop. `python tests/scripted.py toy FOLDER` writes a model and FOLDER/soak.json, a run of it.
 """
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ from pathlib import Path
 import jax
 
 from pmd_jax import trainer
+from pmd_jax.checkpoint import CheckpointConfig
 from pmd_jax.distributed import share
+from pmd_jax.evaluate import EvaluationConfig
+from pmd_jax.policy.sharding import MeshConfig
 from pmd_jax.records import Verdict
 from pmd_jax.tasks.sandbox import SandboxError
 
@@ -51,7 +55,30 @@ class Grading(trainer.Grading):
         ]
 
 
+def write_toy(folder: Path) -> None:
+    """The model and the run of the soak in experiments/README.md."""
+    from test_trainer import TASK, config_for
+    from toys import write_model_folder
+
+    from pmd_jax.settings import to_dict
+
+    config = config_for(
+        write_model_folder(folder.absolute() / "model"),
+        folder / "runs",
+        steps=300,
+        mesh=MeshConfig(1, 2),
+        task=dataclasses.replace(TASK, num_train=32),
+        checkpoint=CheckpointConfig(every=2, keep=3),
+        evaluation=EvaluationConfig(num_samples=2, every=50),
+        samples_per_step=4,
+    )
+    (folder / "soak.json").write_text(json.dumps(to_dict(config)))
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["toy"]:
+        write_toy(Path(sys.argv[2]))
+        return 0
     trainer.make_generate, trainer.Grading = make_generate, Grading
     if "PMD_TEST_DIFFERENT_BANK" in os.environ:
         differ()
@@ -73,5 +100,4 @@ def differ() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.exit(main())
