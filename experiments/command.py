@@ -34,19 +34,25 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     from pmd_jax.policy.hub import FetchError
     from pmd_jax.run import FAILURES, FINAL, Resume, prepare
 
+    starting = distributed.peers_are_there("starting")
     try:
         distributed.start(_cluster(arguments))
         config = settings.build(RunConfig, config_dict)
         if arguments.name:
             config = dataclasses.replace(config, name=arguments.name)
         resume: Resume = "if saved" if arguments.resume_if_saved else arguments.resume
-        run = prepare(config, resume)
+        with starting:
+            run = prepare(config, resume)
     except (ValueError, FileNotFoundError) as error:
         return _told(error, 2)
-    except (OSError, FetchError, distributed.PeerLost) as error:
+    except (OSError, FetchError, distributed.PeerLost, distributed.PeerFailed) as error:
         return _told(error, 1)
     except KeyboardInterrupt:
+        distributed.leave(130)
         return 130
+    except Exception:
+        _leave_the_others()
+        raise
     try:
         outcome = run.to_the_end()
     except FAILURES as error:
@@ -58,9 +64,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         distributed.leave(130)
         return 130
     except Exception:
-        if distributed.is_joined():
-            traceback.print_exc()
-            distributed.leave(1)
+        _leave_the_others()
         raise
     return 130 if outcome.interrupted == "Ctrl-C" else 0
 
@@ -70,6 +74,15 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
 
     names = (field.name for field in dataclasses.fields(Cluster))
     return Cluster(**{name: getattr(arguments, name) for name in names})
+
+
+def _leave_the_others() -> None:
+    """A bug in one process of several: it shows its traceback, and ends at once."""
+    from pmd_jax import distributed
+
+    if distributed.is_joined():
+        traceback.print_exc()
+        distributed.leave(1)
 
 
 def _told(error: Exception, code: int) -> int:

@@ -18,6 +18,7 @@ writes all else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -31,7 +32,7 @@ import orbax.checkpoint as ocp
 
 from pmd_jax import distributed
 from pmd_jax.distill.update import TrainState
-from pmd_jax.memory.bank import Bank, MemoryConfig
+from pmd_jax.memory.bank import Bank, Damaged, MemoryConfig
 
 BANK, DIGESTS = "bank", "digests.json"
 PIECE = 2**24
@@ -70,26 +71,20 @@ class CheckpointConfig:
 
 
 class _BankHandler(ocp.CheckpointHandler):
-    """Lets Orbax write a bank inside its atomic save."""
+    """Lets Orbax write a bank inside its atomic save. `Bank.load` reads it."""
 
     def save(self, directory: Any, args: _BankSave) -> None:
         if distributed.is_main():
             args.bank.save(Path(directory) / BANK)
 
-    def restore(self, directory: Any, args: _BankRestore) -> Bank:
-        return Bank.load(Path(directory) / BANK, args.config)
+    def restore(self, directory: Any, args: Any) -> Bank:
+        return Bank.load(Path(directory) / BANK)
 
 
-@ocp.args.register_with_handler(_BankHandler, for_save=True)
+@ocp.args.register_with_handler(_BankHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _BankSave(ocp.args.CheckpointArgs):
     bank: Bank
-
-
-@ocp.args.register_with_handler(_BankHandler, for_restore=True)
-@dataclasses.dataclass
-class _BankRestore(ocp.args.CheckpointArgs):
-    config: MemoryConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +120,18 @@ class Checkpointer:
 
     @property
     def steps(self) -> list[int]:
-        """The complete steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        """The complete steps, oldest first: not the one that is being written."""
+        return sorted(int(f.name) for f in self.folder.glob("*") if f.name.isdigit())
 
     @property
     def latest(self) -> int | None:
         """The newest complete step, None when there is none."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
+
+    @property
+    def set_aside(self) -> list[str]:
+        """The names of steps that were damaged."""
+        return sorted(f.name for f in self.folder.glob("*.damaged*"))
 
     # --- saving ---------------------------------------------------------------------------------
 
@@ -169,11 +169,11 @@ class Checkpointer:
 
     def _failed(self, error: Exception) -> SaveFailed:
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        whole = sorted(int(f.name) for f in self.folder.glob("*") if f.name.isdigit())
-        left = f"steps {', '.join(map(str, whole))} there are" if whole else "nothing there is"
+        whole = ", ".join(map(str, self.steps))
+        left = f"steps {whole} there are untouched" if whole else "there is no other"
         return SaveFailed(
             f"checkpoint {self.folder / str(self._newest)}: could not be written ({reason}); "
-            f"{left} untouched; see to the space, the rights and the speed of that file system, "
+            f"{left}; see to the space, the rights and the speed of that file system, "
             f"then --resume"
         )
 
@@ -212,35 +212,33 @@ class Checkpointer:
     def _read(
         self, step: int, abstract: TrainState, memory: MemoryConfig
     ) -> tuple[str, dict[str, Any] | None]:
-        """(what is damaged, None) or ("", the parts). What is no damage is raised: rights, say."""
+        """(what is damaged, None) or ("", the parts).
+
+        Damage is bytes that are not those that were written; whatever else keeps whole files from
+        being restored (rights, memory, another model) is raised, and nothing is set aside.
+        """
         if (self.folder / str(step) / "order").is_dir():
             raise ValueError(
                 f"checkpoint {self.folder / str(step)}: was saved by an earlier version, whose "
                 f"runs this one does not resume; start a new run from its policy with "
                 f"--config.model.path={self.folder.parent}"
             )
-        damage = distributed.share(
-            1, lambda own: [find_damage(self.folder / str(step)) for _ in own]
-        )
-        if damage[0]:
-            return damage[0], None
-        failure, found = "", None
+        damage = distributed.by_main(lambda: find_damage(self.folder / str(step)))
+        if damage:
+            return damage, None
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    bank=_BankRestore(memory),
-                    run=ocp.args.JsonRestore(),
-                ),
-            )
-            found = {name: restored[name] for name in ("state", "bank", "run")}
-        except (PermissionError, TimeoutError):
-            raise
-        except Exception as error:  # Orbax and its store raise all kinds for bytes that are off
-            failure = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        failures = [text for text in distributed.exchange(failure) if text]
-        return (failures[0], None) if failures else ("", found)
+            bank = Bank.load(self.folder / str(step) / BANK / BANK, memory)
+        except Damaged as error:
+            damage = str(error)
+        if told := [text for text in distributed.exchange(damage) if text]:
+            return told[0], None
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
+            ),
+        )
+        return "", {"state": restored["state"], "bank": bank, "run": restored["run"]}
 
     def _set_aside(self, step: int) -> Path:
         aside = self.folder / f"{step}.damaged"
@@ -249,7 +247,12 @@ class Checkpointer:
         return (self.folder / str(step)).rename(aside)
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the last save. Raises SaveFailed."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # of a save that failed it would tell once more
+                self._manager.close()
 
 
 # --- what was written -----------------------------------------------------------------------

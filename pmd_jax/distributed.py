@@ -31,6 +31,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+PIECE = 2**26
+"""Bytes that a process sends at once; its devices hold as many for each process."""
 
 
 class PeerFailed(RuntimeError):
@@ -110,11 +112,13 @@ def start(cluster: Cluster) -> None:
         }
     elif not (cluster.multihost or launched(os.environ)):
         return
+    # JAX's own handler would take SIGTERM, and leave nothing of it to Interrupts of run.py.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **explicit,
             heartbeat_timeout_seconds=cluster.peer_timeout,
-            shutdown_timeout_seconds=cluster.peer_timeout,
+            shutdown_timeout_seconds=max(cluster.peer_timeout, 300),
         )
     except (RuntimeError, ValueError) as error:
         raise PeerLost(
@@ -154,23 +158,27 @@ def exchange(mine: T) -> list[T]:
     """
     if jax.process_count() == 1:
         return [mine]
-    content = np.frombuffer(pickle.dumps(mine, protocol=5), np.uint8)
+    content = pickle.dumps(mine, protocol=5)
     with peers_are_there("exchanging records"):
-        sizes = multihost_utils.process_allgather(np.int32(len(content)))
-        width = 1 << (int(sizes.max()) - 1).bit_length()  # few sizes, few programs
-        padded = np.zeros(width, np.uint8)
-        padded[: len(content)] = content
-        rows = multihost_utils.process_allgather(padded)
-    return [
-        pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)
-    ]
+        halves = multihost_utils.process_allgather(np.array(divmod(len(content), PIECE), np.int32))
+        sizes = [pieces * PIECE + rest for pieces, rest in halves.tolist()]
+        parts: list[list[bytes]] = [[] for _ in sizes]
+        for begin in range(0, max(sizes), PIECE):
+            width = min(1 << (max(sizes) - begin - 1).bit_length(), PIECE)  # few programs
+            piece = np.zeros(width, np.uint8)
+            own = content[begin : begin + width]
+            piece[: len(own)] = np.frombuffer(own, np.uint8)
+            for part, row in zip(parts, multihost_utils.process_allgather(piece), strict=True):
+                part.append(row.tobytes())
+    return [pickle.loads(b"".join(part)[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
 def share(count: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
     """The results of `count` pieces of work, in order: each done by one process, known to all.
 
     work: positions of this process's pieces -> their results. An error in one process is raised in
-    all: there as it is, elsewhere as PeerFailed; Stopped everywhere.
+    all: there as it is, elsewhere as PeerFailed; Stopped everywhere. An error of the devices ends
+    this process, since others may be waiting in a collective that it missed.
     """
     processes, index = jax.process_count(), jax.process_index()
     if processes == 1:
@@ -179,6 +187,8 @@ def share(count: int, work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
     mine: Sequence[T] = ()
     try:
         mine = work(range(index, count, processes))
+    except jax.errors.JaxRuntimeError:
+        raise
     except Exception as error:
         failure = error
     told = exchange((type(failure).__name__ if failure else "", _first_line(failure), mine))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import resource
 import signal
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import jax
 
@@ -103,7 +104,7 @@ class Interrupts:
             signal.signal(number, before)
 
     def _handle(self, number: int, _: Any) -> None:
-        if number == signal.SIGTERM:
+        if "SIGTERM" in (self.asked, signal.Signals(number).name):
             self.asked = "SIGTERM"
             return
         if self.asked:
@@ -156,12 +157,15 @@ def prepare(config: RunConfig, resume: Resume = False) -> Run:
     with contextlib.ExitStack() as stack:
         writer = RunWriter(folder) if distributed.is_main() else Bystander(folder)
         stack.callback(writer.close)
-        distributed.exchange("the folder is there")
+        lock = Lock(folder / "run.lock")
+        distributed.by_main(lock.take)
+        stack.callback(lock.release)
         checkpointer = Checkpointer(folder / CHECKPOINTS, config.checkpoint)
         stack.callback(checkpointer.close)
         latest = distributed.by_main(lambda: checkpointer.latest)
         resumes = latest is not None if resume == "if saved" else bool(resume)
-        distributed.by_main(lambda: _check_folder(folder, config, latest, resumes))
+        aside = checkpointer.set_aside
+        distributed.by_main(lambda: _check_folder(folder, config, latest, aside, resumes))
         check_installed(config.tracking)
         task = load_task(config.task)
         problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
@@ -203,8 +207,45 @@ def _check_own(folder: Path) -> None:
         )
 
 
-def _check_folder(folder: Path, config: RunConfig, latest: int | None, resume: bool) -> None:
-    """A run never writes over another, and goes on only as the run that it was."""
+class Lock:
+    """A file that one living process holds, so that no two runs write into one folder."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._held: IO[str] | None = None
+
+    def take(self) -> None:
+        """Raises ValueError where another process holds it, if the file system can tell."""
+        self._held = self.file.open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ValueError(
+                f"run folder {self.file.parent}: is in use by a run that is going on; wait for it, "
+                f"stop it, or give another --name"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+
+def _check_folder(
+    folder: Path, config: RunConfig, latest: int | None, aside: Sequence[str], resume: bool
+) -> None:
+    """A run never writes over another, and goes on only as the run that it was.
+
+    aside: checkpoints that were damaged.
+    """
+    if latest is None and aside:
+        raise ValueError(
+            f"run folder {folder}: its checkpoints are damaged ({', '.join(aside)}); bring a copy "
+            f"of one back under its number, or give another --name"
+        )
     if not resume:
         if latest is not None:
             raise ValueError(
@@ -264,8 +305,13 @@ class Run:
         """Where this process failed, the others cannot be waited for, as checkpoints would."""
         if kind is not None and jax.process_count() > 1:
             self.writer.close()
-        else:
+            return
+        try:
             self._closing.close()
+        except SaveFailed as error:
+            if kind is None:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # beside what the run failed with
 
     def _run(self) -> Outcome:
         config, trainer = self.config, self.trainer
@@ -286,6 +332,10 @@ class Run:
                 except Stopped:
                     self.asked_to_stop = "SIGTERM"
                     self.save(progress)
+                except NotFinite:
+                    self.save(progress)
+                    self.checkpointer.wait()
+                    raise
                 self.checkpointer.wait()
             if self.asked_to_stop:
                 progress.note(
@@ -320,10 +370,10 @@ class Run:
 
     def was_evaluated(self, step: int) -> bool:
         """Whether a run that was killed after the evaluation of this step has its scores."""
-        file = self.writer.folder / "evaluation.json"
-        return distributed.by_main(
-            lambda: file.is_file() and f"step {step}" in json.loads(file.read_text())
-        )
+        file, last = self.writer.folder / "evaluation.json", f"step {step}"
+        if self.config.evaluation.with_memory:
+            last = f"{last}, with memory"
+        return distributed.by_main(lambda: file.is_file() and last in json.loads(file.read_text()))
 
     def step(self, progress: Progress, interrupts: Interrupts) -> None:
         trainer, stats = self.trainer, self.trainer.policy.stats
@@ -375,6 +425,7 @@ class Run:
         """
         trainer = self.trainer
         with trainer.phase("save", progress):
+            self.writer.sync()
             self.checkpointer.save(trainer.step_number, trainer.checkpoint())
             if distributed.is_main():
                 trainer.bank.save(self.writer.folder / "memory")

@@ -116,14 +116,28 @@ class RunWriter:
         """Steps, tokens and time of a run that is over, into totals.json."""
         _replace(self.folder / "totals.json", _document(totals))
 
+    def sync(self) -> None:
+        """Down to the disk: a checkpoint must not know of steps that the log lost."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            os.fsync(file.fileno())
+
     def rewind(self, step: int) -> None:
         """For a run that resumes at `step`: forgets what was logged of `step` and later.
 
         Drops those lines of metrics.jsonl and samples.jsonl, and a last line that was cut short
-        when the run was killed, and totals.json. TensorBoard hides its own from there on.
-        Raises ValueError for a damaged line elsewhere.
+        when the run was killed, evaluations of later steps and of the end, and totals.json.
+        TensorBoard hides its own from there on. Raises ValueError for a damaged line elsewhere.
         """
         self.close()
+        path = self.folder / "evaluation.json"
+        if path.exists():
+            kept = {
+                name: scores
+                for name, scores in json.loads(path.read_text()).items()
+                if 0 < step >= scores.get("step", 0) and not name.startswith("after")
+            }
+            _replace(path, _document(kept))
         (self.folder / "totals.json").unlink(missing_ok=True)
         last = _rewind_lines(self.folder / "metrics.jsonl", step)
         _rewind_lines(self.folder / "samples.jsonl", step)
@@ -164,6 +178,8 @@ class Bystander(RunWriter):
     def write_evaluation(self, name: str, scores: Mapping[str, Any]) -> None: ...
 
     def write_totals(self, totals: Mapping[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
 
     def rewind(self, step: int) -> None: ...
 

@@ -221,12 +221,12 @@ class Trainer:
     def step(self, progress: Progress) -> StepResult:
         """Runs the seven steps once.
 
-        Raises NotFinite, with policy and optimizer as before, and Stopped, with all as before.
+        Raises NotFinite and Stopped, with policy, optimizer, bank and data position as before.
         """
         num_events, position = self.bank.num_events, self.order.get_state()
         try:
             return self._step(progress)
-        except Stopped:
+        except (Stopped, NotFinite):
             if self.bank.num_events > num_events:
                 self.bank = self.bank.rewound(num_events)
             self.order.set_state(position)
@@ -456,10 +456,13 @@ class Trainer:
         return advantages([verdict.reward for verdict in group.verdicts], self.grpo)
 
     def _explain(self, step: int, batch: DistillBatch, report: StepReport) -> str:
-        folder = save_failed_step(self.folder, step, self.state, batch, report)
+        try:
+            folder = save_failed_step(self.folder, step, self.state, batch, report)
+            told = f"`python -m tools.replay {folder}` says where, on a CPU"
+        except Exception as error:  # a full disk, say: the loss is what has to be told
+            told = f"its batch could not be kept ({error})"
         return (
             f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the "
-            f"update was not applied. `python -m tools.replay {folder}` computes the step again on "
-            f"a CPU and says where it begins; lower config.optimizer.learning_rate and resume from "
-            f"the last checkpoint with --resume"
+            f"update was not applied. {told}; lower config.optimizer.learning_rate and --resume, "
+            f"or remove the newest step of checkpoints/ to go on from the one before"
         )

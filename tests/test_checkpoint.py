@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from toys import CONFIG, eight_devices, params_on
 
@@ -112,11 +112,30 @@ def test_a_save_that_fails_midway_does_not_count(tmp_path, monkeypatch):
     again.close()
 
 
+class WrittenInTwentySeconds:
+    """What Orbax waits for, of files on a file system so slow."""
+
+    def result(self, timeout=None):
+        if timeout is not None and timeout < 20:
+            raise TimeoutError("the files are not written in time")
+
+
 def test_a_file_system_that_is_too_slow_is_a_save_that_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_digests", lambda folder: time.sleep(20))
-    store = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False, timeout_seconds=1))
-    with pytest.raises(SaveFailed, match=r"1: could not be written \(.*speed of that file system"):
-        store.save(1, a_checkpoint(single_device_mesh(), 1))
+    real = ocp.StandardCheckpointHandler.async_save
+
+    async def slow(self, *given, **named):
+        return [*(await real(self, *given, **named) or ()), WrittenInTwentySeconds()]
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", slow)
+    for step, seconds in enumerate((60, 10), start=1):
+        config = CheckpointConfig(asynchronous=False, timeout_seconds=seconds)
+        store = Checkpointer(tmp_path, config)
+        if seconds > 20:
+            store.save(step, a_checkpoint(single_device_mesh(), step))
+            store.close()
+            continue
+        with pytest.raises(SaveFailed, match=r"2: could not be .*not written in time.* 1 there"):
+            store.save(step, a_checkpoint(single_device_mesh(), step))
 
 
 def flip_a_byte(folder):
@@ -161,6 +180,21 @@ def test_a_damaged_step_is_set_aside_by_name_and_the_one_before_is_taken(tmp_pat
     store.save(2, a_checkpoint(single_device_mesh(), 2))  # the name is free again
     store.wait()
     assert store.latest == 2
+    store.close()
+
+
+def test_what_is_no_damage_sets_nothing_aside(tmp_path, monkeypatch):
+    store = Checkpointer(tmp_path, CheckpointConfig())
+    store.save(1, a_checkpoint(single_device_mesh(), 1))
+    store.wait()
+
+    def out_of_memory(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(store._manager, "restore", out_of_memory)
+    with pytest.raises(ValueError, match="Out of memory"):
+        store.restore(abstract(single_device_mesh()), order(), MEMORY)
+    assert store.steps == [1] and store.set_aside == []
     store.close()
 
 

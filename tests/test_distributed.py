@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -77,6 +78,29 @@ def test_what_the_first_finds_is_everyone_s(as_one_of):
     as_one_of(1, 2, [(None, ValueError("config.name: wrong"))])
     with pytest.raises(ValueError, match=r"config\.name: wrong"):
         by_main(lambda: None)
+
+
+@pytest.mark.parametrize("lengths", [(0, 3), (100, 7), (64, 65), (1, 0)])
+def test_records_are_sent_in_pieces(monkeypatch, lengths):
+    """Two processes in one: each round, the other's piece lies beside one's own."""
+    mine, theirs = (bytes(range(n)) for n in lengths)
+    other = pickle.dumps(theirs, protocol=5)
+    sent = []
+
+    def gather(x):
+        if x.dtype == np.int32:
+            return np.stack([x, divmod(len(other), 16)])
+        begin, row = 16 * len(sent), np.zeros_like(x)
+        piece = other[begin : begin + len(x)]
+        row[: len(piece)] = np.frombuffer(piece, np.uint8)
+        sent.append(x)
+        return np.stack([x, row])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "PIECE", 16)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    assert exchange(mine) == [mine, theirs]
+    assert max(map(len, sent)) <= 16
 
 
 @pytest.mark.parametrize(

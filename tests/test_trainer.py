@@ -27,7 +27,7 @@ from pmd_jax.policy.policy import load_policy
 from pmd_jax.policy.sharding import MeshConfig, single_device_mesh
 from pmd_jax.replay import load_failed_step, replay
 from pmd_jax.rollout import RolloutConfig, attempt
-from pmd_jax.run import NothingLearned, train
+from pmd_jax.run import Lock, NothingLearned, train
 from pmd_jax.tasks.task import TaskConfig, load_task
 from pmd_jax.telemetry import Compilations, Progress
 from pmd_jax.trainer import NotFinite
@@ -341,7 +341,9 @@ def test_a_loss_beyond_its_limit_ends_the_run_and_is_computed_again_to_the_same(
     first = lines(whole)
     limit = HealthConfig(max_loss=(first[0]["loss"] + first[1]["loss"]) / 2)
     with pytest.raises(NotFinite, match=r"step 0: the loss is .* tools\.replay"):
-        run(model, tmp_path, health=limit)
+        run(model, tmp_path, health=limit, checkpoint=CheckpointConfig(every=0))
+    saved = tmp_path / "toy" / "checkpoints" / "0"  # nothing is lost, nor the step half done
+    assert Bank.load(saved / "bank" / "bank").sizes()["experiences"] == 0
     failed = load_failed_step(tmp_path / "toy" / "failed_step_0")
     assert failed.loss == first[0]["loss"]
     again = replay(
@@ -414,6 +416,39 @@ def test_a_run_whose_newest_step_is_damaged_goes_on_from_the_one_before(
         shutil.rmtree(folder / "checkpoints" / step / "bank")
     with pytest.raises(ValueError, match=r"holds no complete step; 2.*lacks its memory bank"):
         train(dataclasses.replace(config, steps=5), resume=True)
+    with pytest.raises(ValueError, match=r"its checkpoints are damaged \(2\.damaged, 2\.damaged-"):
+        train(config, resume="if saved")  # and the log stays
+    assert len(lines(folder)) == 4
+
+
+def test_scores_of_steps_that_are_done_again_are_forgotten(model, tmp_path):
+    """Those of another configuration too, which a resumed run may have."""
+    evaluation = EvaluationConfig(num_samples=2, every=1)
+    config = config_for(model, tmp_path, steps=3, evaluation=evaluation)
+    folder = train(config).folder
+    shutil.rmtree(folder / "checkpoints" / "3")
+    shutil.rmtree(folder / "checkpoints" / "2")
+    file = folder / "evaluation.json"
+    stale = {name: {**of, "average": 9} for name, of in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps(stale))
+    train(config, resume=True)
+    scores = {name: of["average"] for name, of in json.loads(file.read_text()).items()}
+    assert {name for name, average in scores.items() if average == 9} == {"before", "step 1"}
+    assert scores.keys() == {"before", "step 1", "step 2", "after"}
+
+
+def test_a_folder_in_use_is_refused_before_anything_in_it_changes(model, tmp_path):
+    config = config_for(model, tmp_path, steps=1)
+    folder = train(config).folder
+    left = folder / "checkpoints" / "9.orbax-checkpoint-tmp"  # the save in flight of the other
+    left.mkdir()
+    lock = Lock(folder / "run.lock")
+    lock.take()
+    with pytest.raises(ValueError, match="is in use by a run that is going on"):
+        train(dataclasses.replace(config, steps=2), resume=True)
+    assert left.is_dir()
+    lock.release()
+    assert train(dataclasses.replace(config, steps=2), resume=True).steps == 2
 
 
 @pytest.mark.slow

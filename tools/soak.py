@@ -115,9 +115,18 @@ def is_saving(run: Path) -> bool:
 # --- the kills ------------------------------------------------------------------------------
 
 
-def waits(run: Path, in_save: bool, after: int, rng: random.Random) -> Iterator[float]:
-    """Pauses until the moment of a kill: some time after a number of steps, or in the next save."""
-    while steps_logged(run) < after:
+def log_of(run: Path) -> int:
+    """Which file metrics.jsonl is: a run that goes on replaces it when it is ready to."""
+    file = run / "metrics.jsonl"
+    return file.stat().st_ino if file.exists() else 0
+
+
+def waits(run: Path, in_save: bool, before: int, after: int, rng: random.Random) -> Iterator[float]:
+    """Pauses until the moment of a kill: some time after a number of steps, or in the next save.
+
+    before: the log that the last kill left, with whose steps and half saves nothing is to do.
+    """
+    while log_of(run) == before or steps_logged(run) < after:
         yield 0.02
     if in_save:
         while not is_saving(run):
@@ -136,10 +145,11 @@ def kill_once(
     args: argparse.Namespace,
 ) -> Kill | None:
     """Starts the run where it is, and kills it after up to `most_steps`; None when it was over."""
+    before = log_of(run)
     running = start(command, args.processes, args.output / "killed.log")
     after = steps_saved(run) + rng.randint(1, most_steps)
     try:
-        for pause in waits(run, in_save, after, rng):
+        for pause in waits(run, in_save, before, after, rng):
             time.sleep(pause)
             if not are_going(running):
                 return None

@@ -38,6 +38,7 @@ from pmd_jax.memory.behaviorshelf import BehaviorShelf
 from pmd_jax.memory.journal import Journal
 from pmd_jax.memory.merging import Operation, decide, joined
 from pmd_jax.memory.shelf import Shelf
+from pmd_jax.memory.store import Damaged as Damaged  # what `load` raises
 from pmd_jax.records import Behavior, Experience, Insight, from_dict, to_dict
 
 

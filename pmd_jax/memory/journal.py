@@ -129,7 +129,7 @@ class Journal:
             for line in store.read_segment(folder, segment):
                 journal.append(line)
         if header["format_version"] > 1 and header["digest"] != journal.digest():
-            raise ValueError(
+            raise store.Damaged(
                 f"{folder}: damaged, its events do not give the digest in manifest.json; "
                 "take another copy"
             )

@@ -37,6 +37,10 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class Damaged(ValueError):
+    """A file is missing, or does not have the bytes that were written."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
     """One file of events. file: its name, which holds part of the sha256 of its content."""
@@ -135,14 +139,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], list[Segment]]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         if not path.exists():
             raise
-        raise ValueError(f"{path}: damaged, not a manifest ({error}); take another copy") from error
+        raise Damaged(f"{path}: damaged, not a manifest ({error}); take another copy") from error
     if version not in READABLE_VERSIONS:
         raise ValueError(f"{path}: format_version must be 1 or 2; got {version!r}")
     if version == 1:
         about = manifest["tables"]["events"]
         return manifest, [Segment("events.jsonl", about["records"], -1, about["sha256"])]
     if sha256(line(manifest)) != digest:
-        raise ValueError(f"{path}: damaged, it does not give its own sha256; take another copy")
+        raise Damaged(f"{path}: damaged, it does not give its own sha256; take another copy")
     return manifest, [Segment(**fields) for fields in manifest.pop("segments")]
 
 
@@ -151,15 +155,13 @@ def read_segment(folder: Path, segment: Segment) -> list[bytes]:
     path = folder / segment.file
     content = _read(path)
     if (found := sha256(content)) != segment.sha256:
-        raise ValueError(
+        raise Damaged(
             f"{path}: damaged, sha256 must be {segment.sha256} as in manifest.json; got {found}; "
             "take another copy"
         )
     lines = content.splitlines(keepends=True)
     if len(lines) != segment.num_events:
-        raise ValueError(
-            f"{path}: damaged, must hold {segment.num_events} events; got {len(lines)}"
-        )
+        raise Damaged(f"{path}: damaged, must hold {segment.num_events} events; got {len(lines)}")
     return lines
 
 
@@ -167,4 +169,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; without it the folder is not whole") from error
+        raise Damaged(f"{path}: missing; without it the folder is not whole") from error
