@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import resource
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import jax
 
@@ -32,6 +29,7 @@ from pmd_jax.distributed import PeerFailed, PeerLost, Stopped
 from pmd_jax.endpoint import EndpointError
 from pmd_jax.evaluate import Evaluation, chosen_problems, evaluate
 from pmd_jax.health import Unhealthy
+from pmd_jax.interrupts import Interrupts
 from pmd_jax.ordering import problem_order
 from pmd_jax.policy.bar import progress_bar
 from pmd_jax.policy.families import read_config
@@ -40,6 +38,7 @@ from pmd_jax.policy.saved import CHECKPOINTS, MODEL, copy_model_files
 from pmd_jax.policy.sharding import batch_shards, make_mesh
 from pmd_jax.policy.tokenizer import Tokenizer
 from pmd_jax.records import Message
+from pmd_jax.runfolder import Lock, check_folder, check_own
 from pmd_jax.tasks.sandbox import SandboxError
 from pmd_jax.tasks.task import Task, load_task
 from pmd_jax.telemetry import (
@@ -48,25 +47,12 @@ from pmd_jax.telemetry import (
     Progress,
     RunWriter,
     StepReport,
+    host_memory_gib,
+    peak_memory_gib,
     summary_table,
 )
 from pmd_jax.tracking import Tracking, TrackingConfig, check_installed, start_tracking
 from pmd_jax.trainer import NotFinite, StepResult, Trainer, check_fit
-
-MAY_CHANGE = (
-    "steps",
-    "max_sampled_tokens",
-    "optimizer",
-    "evaluation",
-    "checkpoint",
-    "engine",
-    "mesh",
-    "health",
-    "samples_per_step",
-    "output",
-    "tracking",
-)
-"""What a resumed run may set anew; all else must be as it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,41 +62,6 @@ class Outcome:
     folder: Path
     steps: int
     interrupted: str
-
-
-class Interrupts:
-    """What asks a run to end.
-
-    The first Ctrl-C asks to stop after the step in progress, the second stops at once. SIGTERM asks
-    to leave that step: `check`, which is called often, raises Stopped then.
-    """
-
-    def __init__(self, note: Callable[[str], None]):
-        self.asked, self._note = "", note
-
-    def check(self) -> None:
-        if self.asked == "SIGTERM":
-            raise Stopped
-
-    @contextlib.contextmanager
-    def caught(self, number: signal.Signals) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals belong to the main thread; a notebook's worker has none to catch
-            return
-        before = signal.signal(number, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(number, before)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if "SIGTERM" in (self.asked, signal.Signals(number).name):
-            self.asked = "SIGTERM"
-            return
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = "Ctrl-C"
-        self._note("stopping after this step; Ctrl-C again stops at once, without saving")
 
 
 class NothingLearned(RuntimeError):
@@ -153,7 +104,7 @@ def prepare(config: RunConfig, resume: Resume = False) -> Run:
     where a model could not be fetched, each on one line.
     """
     folder = Path(config.output) / config.name
-    distributed.by_main(lambda: _check_own(folder))
+    distributed.by_main(lambda: check_own(folder))
     with contextlib.ExitStack() as stack:
         writer = RunWriter(folder) if distributed.is_main() else Bystander(folder)
         stack.callback(writer.close)
@@ -165,7 +116,7 @@ def prepare(config: RunConfig, resume: Resume = False) -> Run:
         latest = distributed.by_main(lambda: checkpointer.latest)
         resumes = latest is not None if resume == "if saved" else bool(resume)
         aside = checkpointer.set_aside
-        distributed.by_main(lambda: _check_folder(folder, config, latest, aside, resumes))
+        distributed.by_main(lambda: check_folder(folder, config, latest, aside, resumes))
         check_installed(config.tracking)
         task = load_task(config.task)
         problem_order(len(task.splits["train"]), config.rollout.problems_per_step, config.seed)
@@ -194,78 +145,6 @@ def _load(config: RunConfig, task: Task) -> Policy:
     with progress_bar(f"reading {path}") as progress:
         return load_policy(
             path, dtype, mesh, "float32", config.engine, progress, attention=attention
-        )
-
-
-def _check_own(folder: Path) -> None:
-    """A run's files never land among others: its config.json would replace a model's."""
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if names and "metrics.jsonl" not in names:
-        raise ValueError(
-            f"run folder {folder}: must be new, empty, or a run's own; it holds other files "
-            f"({', '.join(sorted(names)[:3])}); give another --name or config.output"
-        )
-
-
-class Lock:
-    """A file that one living process holds, so that no two runs write into one folder."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self._held: IO[str] | None = None
-
-    def take(self) -> None:
-        """Raises ValueError where another process holds it, if the file system can tell."""
-        self._held = self.file.open("w")
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise ValueError(
-                f"run folder {self.file.parent}: is in use by a run that is going on; wait for it, "
-                f"stop it, or give another --name"
-            ) from None
-        except OSError:
-            pass  # a network file system without locks
-
-    def release(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
-
-def _check_folder(
-    folder: Path, config: RunConfig, latest: int | None, aside: Sequence[str], resume: bool
-) -> None:
-    """A run never writes over another, and goes on only as the run that it was.
-
-    aside: checkpoints that were damaged.
-    """
-    if latest is None and aside:
-        raise ValueError(
-            f"run folder {folder}: its checkpoints are damaged ({', '.join(aside)}); bring a copy "
-            f"of one back under its number, or give another --name"
-        )
-    if not resume:
-        if latest is not None:
-            raise ValueError(
-                f"run folder {folder}: holds a run of {latest} steps; continue it with --resume, "
-                f"give another --name, or delete the folder"
-            )
-        return
-    file = folder / "config.json"
-    if latest is None or not file.is_file():
-        raise ValueError(
-            f"run folder {folder}: has no checkpoint to resume; start it without --resume"
-        )
-    before, now = json.loads(file.read_text()), settings.to_dict(config)
-    changed = sorted(
-        name for name in now if now[name] != before.get(name) and name not in MAY_CHANGE
-    )
-    if changed:
-        raise ValueError(
-            f"config.{changed[0]}: must be as it was when the run {folder} began; resume with the "
-            f"same configuration, or start a new run under another --name"
         )
 
 
@@ -518,18 +397,3 @@ def _report(metrics: dict[str, Any], tokens_per_second: float) -> StepReport:
         },
         tokens_per_second=tokens_per_second,
     )
-
-
-def host_memory_gib() -> float:
-    """The resident size of this process; its peak where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak_memory_gib()
-    return pages * resource.getpagesize() / 2**30
-
-
-def peak_memory_gib() -> float:
-    """The largest resident size of this process so far."""
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30

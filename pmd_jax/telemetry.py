@@ -21,7 +21,9 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -522,3 +524,21 @@ def summary_table(
     console = console or Console(highlight=False)
     console.print(table)
     console.print(costs)
+
+
+# --- memory of the process ------------------------------------------------------------------
+
+
+def host_memory_gib() -> float:
+    """The resident size of this process; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_gib()
+    return pages * resource.getpagesize() / 2**30
+
+
+def peak_memory_gib() -> float:
+    """The largest resident size of this process so far."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30

@@ -27,7 +27,8 @@ from pmd_jax.policy.policy import load_policy
 from pmd_jax.policy.sharding import MeshConfig, single_device_mesh
 from pmd_jax.replay import load_failed_step, replay
 from pmd_jax.rollout import RolloutConfig, attempt
-from pmd_jax.run import Lock, NothingLearned, train
+from pmd_jax.run import NothingLearned, train
+from pmd_jax.runfolder import Lock
 from pmd_jax.tasks.task import TaskConfig, load_task
 from pmd_jax.telemetry import Compilations, Progress
 from pmd_jax.trainer import NotFinite
