@@ -79,8 +79,8 @@ RULES = {
     "replay.py": Rule((*LEVEL_3.ours, "distill")),
     "steplog.py": Rule((*LEVEL_3.ours, "distill")),
     # 6: the only file where memory meets distillation, and the run around it
-    "interrupts.py": Rule(("distributed",), jax=False),
-    "runfolder.py": Rule(("settings", "config"), jax=False),
+    "interrupts.py": Rule(("distributed",)),
+    "runfolder.py": Rule(("settings", "config")),
     "trainer.py": Rule(("",)),
     "run.py": Rule(("",)),
 }
