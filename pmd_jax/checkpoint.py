@@ -168,7 +168,9 @@ class Checkpointer:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> SaveFailed:
-        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if len(reason) > 300:  # long for its paths; what went wrong stands at the end
+            reason = f"{reason[:80]} ... {reason[-160:]}"
         whole = ", ".join(map(str, self.steps))
         left = f"steps {whole} there are untouched" if whole else "there is no other"
         return SaveFailed(

@@ -461,8 +461,13 @@ class Trainer:
             told = f"`python -m tools.replay {folder}` says where, on a CPU"
         except Exception as error:  # a full disk, say: the loss is what has to be told
             told = f"its batch could not be kept ({error})"
+        health, limits = self.config.health, ""
+        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+            limits = (
+                f" (config.health.max_loss {health.max_loss}, max_grad_norm {health.max_grad_norm})"
+            )
         return (
-            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the "
-            f"update was not applied. {told}; lower config.optimizer.learning_rate and --resume, "
+            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}"
+            f"{limits}; the update was not applied. {told}; lower config.optimizer.learning_rate and --resume, "
             f"or remove the newest step of checkpoints/ to go on from the one before"
         )
