@@ -468,6 +468,6 @@ class Trainer:
             )
         return (
             f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}"
-            f"{limits}; the update was not applied. {told}; lower config.optimizer.learning_rate and --resume, "
-            f"or remove the newest step of checkpoints/ to go on from the one before"
+            f"{limits}; the update was not applied. {told}; lower config.optimizer.learning_rate "
+            f"and --resume, or remove the newest step of checkpoints/ to go on from the one before"
         )
