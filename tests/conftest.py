@@ -11,6 +11,7 @@ Set here, before anything imports JAX, so that subprocesses of tests inherit it.
 """
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("PMD_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -25,6 +26,8 @@ jaxtyping.install_import_hook("pmd_jax", f"{__name__}.typechecker")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What starts in the background of a shell ignores Ctrl-C, and so would all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "not slow" in config.option.markexpr:
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
