@@ -24,6 +24,11 @@ stop() {
   kill -TERM "$!" 2>/dev/null || true
 }
 
+# Ends what was just started where the signal came before it.
+too_late() {
+  [[ -z "$stopping" ]] || kill -TERM "$!" 2>/dev/null || true
+}
+
 # Waits for process $1 whatever signals come, and sets `code`.
 await() {
   interrupted='' code=0
@@ -43,6 +48,7 @@ last=$STOPPED_CODE
 for ((attempt = 0; ; attempt++)); do
   [[ -z "$stopping" ]] || exit "$last"
   "$@" &
+  too_late
   await "$!"
   if [[ -n "$stopping" ]]; then
     exit "$((code == 0 ? STOPPED_CODE : code))"
@@ -54,5 +60,6 @@ for ((attempt = 0; ; attempt++)); do
     "in $RESTART_WAIT s" >&2
   last=$code
   sleep "$RESTART_WAIT" &
+  too_late
   await "$!"
 done
