@@ -126,7 +126,7 @@ SIGNS: dict[str, Sign] = {
         _named("entropy"),
         True,
         "the policy is nearly certain of every token",
-        "a lower optimizer.learning_rate or distill.objective=jensen_shannon",
+        "a lower optimizer.learning_rate or distill.divergence.name=jensen_shannon",
     ),
     "logprob_gap": Sign(
         _named("logprob_gap"),

@@ -40,12 +40,15 @@ def save_failed_step(
     state: as it was before the step. All processes of a run call it together.
     """
     folder = run / f"failed_step_{step}"
-    if distributed.is_main():
+
+    def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         np.savez_compressed(folder / BATCH, **batch._asdict())
         found = {"step": step, "loss": float(report.loss), "grad_norm": float(report.grad_norm)}
         (folder / REPORT).write_text(json.dumps(found))
+
+    distributed.by_main(write)  # where the disk is full, none goes on to the weights
     weights = {"params": state.params} | ({"teacher": state.teacher} if state.teacher else {})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder.absolute() / WEIGHTS, args=ocp.args.PyTreeSave(weights))

@@ -239,13 +239,18 @@ class Run:
         if trainer.step_number == 0 and self.config.evaluation.before:
             self.evaluate("before", progress)
         with interrupts.caught(signal.SIGINT):
-            while not self.is_over and not self.asked_to_stop:
+            while not self.is_over and not self.hears(interrupts):
                 done = trainer.step_number
                 if every and done and done % every == 0 and not self.was_evaluated(done):
                     self.evaluate(f"step {done}", progress)
-                self.step(progress, interrupts)
-        if self.is_over and self.asked_to_stop == "Ctrl-C":
-            self.asked_to_stop = ""  # it came too late to spare anything but the last scores
+                else:
+                    self.step(progress)
+
+    def hears(self, interrupts: Interrupts) -> str:
+        """What this process or another was asked to stop by, "" for nothing."""
+        told = distributed.exchange(interrupts.asked)
+        self.asked_to_stop = next(filter(None, told), "")
+        return self.asked_to_stop
 
     def was_evaluated(self, step: int) -> bool:
         """Whether a run that was killed after the evaluation of this step has its scores."""
@@ -254,11 +259,11 @@ class Run:
             last = f"{last}, with memory"
         return distributed.by_main(lambda: file.is_file() and last in json.loads(file.read_text()))
 
-    def step(self, progress: Progress, interrupts: Interrupts) -> None:
+    def step(self, progress: Progress) -> None:
         trainer, stats = self.trainer, self.trainer.policy.stats
         step, sampled, began = trainer.step_number, stats.response_tokens, time.monotonic()
         result = trainer.step(progress)
-        sampled = self.agree(step, stats.response_tokens - sampled, interrupts)
+        sampled = self.agree(step, stats.response_tokens - sampled)
         seconds = time.monotonic() - began
         trainer.totals["sampled_tokens"] += sampled
         trainer.totals["milliseconds"] += round(1000 * seconds)
@@ -279,14 +284,13 @@ class Run:
             self.checkpointer.wait()
             raise Unhealthy(f"{unhealthy}. Step {done} is saved; resume with another configuration")
 
-    def agree(self, step: int, sampled: int, interrupts: Interrupts) -> int:
-        """Tokens that all processes sampled in a step. What one was asked, all are.
+    def agree(self, step: int, sampled: int) -> int:
+        """Tokens that all processes sampled in a step.
 
         Raises ReplicasDiffer when their banks are not the same, after each wrote its own.
         """
-        told = distributed.exchange((sampled, interrupts.asked, self.trainer.bank.digest()))
-        self.asked_to_stop = next((asked for _, asked, _ in told if asked), "")
-        if len({digest for *_, digest in told}) > 1:
+        told = distributed.exchange((sampled, self.trainer.bank.digest()))
+        if len({digest for _, digest in told}) > 1:
             folder = self.writer.folder / f"banks_differ_step_{step}"
             self.trainer.bank.save(folder / f"process_{jax.process_index()}")
             distributed.exchange("written")
@@ -295,7 +299,7 @@ class Run:
                 f"{folder}, compare them with `python -m tools.memory diff`; machines that differ "
                 f"in software or hardware can be why"
             )
-        return sum(tokens for tokens, _, _ in told)
+        return sum(tokens for tokens, _ in told)
 
     def save(self, progress: Progress) -> None:
         """A checkpoint, and its bank once more in memory/ where a person finds it.

@@ -1,9 +1,15 @@
 """Signs of ill health: each shows, lasts, is said once, and may end the run."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from pmd_jax import settings
+from pmd_jax.config import RunConfig
 from pmd_jax.health import SIGNS, Health, HealthConfig
 
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 WELL = {
     "loss_fraction": 1.0,
     "groups/all_solved": 0.2,
@@ -72,6 +78,13 @@ def test_what_was_counted_goes_on_from_a_checkpoint():
 def test_a_run_without_reflection_has_no_such_signs():
     numbers = {name: value for name, value in WELL.items() if not name.startswith("reflect")}
     assert after(Health(HealthConfig()), numbers, 9)[0] == []
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_what_to_try_is_a_setting_that_there_is(name):
+    values = re.findall(r"([a-z_]+(?:\.[a-z_]+)+)=(\w+)", SIGNS[name].try_this)
+    given = [f"--config.{key.removeprefix('config.')}={value}" for key, value in values]
+    settings.build(RunConfig, settings.load_config(QUICKSTART, given))
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,7 @@ def test_a_script_is_read_by_bash_and_stops_at_the_first_error(script):
 def test_shellcheck_finds_nothing():
     beside = Path(sys.executable).parent / "shellcheck"
     shellcheck = beside if beside.exists() else shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("pip install -r requirements-dev.txt")
+    assert shellcheck, "pip install -r requirements-dev.txt"
     done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

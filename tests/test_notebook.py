@@ -7,15 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 from test_trainer import config_for
 from toys import write_model_folder
 
 from pmd_jax import settings
 from pmd_jax.policy.sharding import MeshConfig
-
-nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
-nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
